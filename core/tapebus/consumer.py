@@ -1,0 +1,99 @@
+"""Consumers: what a plugin registers to receive events, and the context it works through."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import msgspec
+
+from tapebus.events import Event
+
+Mode = Literal["inline", "thread", "process"]
+
+
+class Batch(Protocol):
+    """The new events a consumer asked for, in bus order; iterating yields `Event` objects.
+
+    The end of the iteration is the end of the batch: flush amortised I/O after the loop.
+    """
+
+    first_seq: int
+    last_seq: int
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Any]: ...
+    def __getitem__(self, index: int) -> Any: ...
+
+
+class FaultPolicy(msgspec.Struct, frozen=True):
+    """When the fence opens the breaker of a consumer, and for how long.
+
+    The breaker opens when more than ``error_ratio`` of the last ``window`` events failed; it stays
+    open ``retry_s`` seconds (doubled each time up to ``retry_max_s``), then one event is tried.
+    While it is open the cursor stands still; afterwards the consumer continues from the tape.
+    """
+
+    error_ratio: float = 0.5
+    window: int = 1000
+    retry_s: float = 1.0
+    retry_max_s: float = 60.0
+
+
+class Consumer(msgspec.Struct, kw_only=True):
+    """One subscription of one plugin.
+
+    ``topics``: event types, exact or ``prefix.*``; ``("*",)`` takes all. ``handler(batch)`` is called with a
+    `Batch`; an exception is charged to the event being iterated over, which becomes a dead letter,
+    and the handler is called again with the rest. ``save()`` is called just before the unit of work
+    is closed, to let the plugin write what changed in memory into ``context.state``.
+    ``tick`` > 0 asks for ``on_tick(now)`` about every ``tick`` seconds on the consumer's own thread.
+    ``start`` says where a consumer without a cursor begins: ``now`` or ``first`` (all of the tape).
+    ``lanes`` lets HIGH and CRITICAL events overtake a backlog. ``capacity`` bounds the events queued
+    for a thread; beyond it the consumer continues from the tape.
+    A plugin that emits or keeps state registers consumers of one mode only.
+    """
+
+    name: str
+    topics: Sequence[str]
+    handler: Callable[[Any], None]
+    mode: Mode = "inline"
+    after: Sequence[str] = ()
+    capacity: int = 65536
+    start: Literal["now", "first"] = "now"
+    lanes: bool = False
+    budget_ms: float = 50.0
+    faults: FaultPolicy = FaultPolicy()
+    save: Callable[[], None] | None = None
+    tick: float = 0.0
+    on_tick: Callable[[float], None] | None = None
+
+
+class Context(Protocol):
+    """What the bus hands to a plugin; used only on the thread that runs its consumers."""
+
+    name: str
+    config: dict[str, Any]
+    data_dir: Path
+    log: logging.Logger
+    #: Durable key-value state; changes commit together with the cursor and with what was emitted.
+    state: MutableMapping[str, bytes]
+
+    def emit(
+        self,
+        event_type: str,
+        data: dict[str, Any] | msgspec.Struct,
+        *,
+        cause: Event | None = None,
+        timestamp: float | None = None,
+        correlation_id: str | None = None,
+        user_id: str | None = None,
+        priority: str | None = None,
+    ) -> None:
+        """Publish a derived event; it takes the same way as every other event.
+
+        ``timestamp`` defaults to that of `cause` (event time), else to the wall clock;
+        ``correlation_id`` defaults to that of `cause`; ``causation_id`` is ``"bus:<bus_seq>"`` of `cause`.
+        """

@@ -1,0 +1,128 @@
+"""What the core asks of a store: one transaction per commit, short reads from any process.
+
+The store is a plugin (hook ``tapebus_open_store``); without one the bus still runs and an
+acknowledgement means *dispatched*. A `Block` is opaque to the store except for its header fields:
+it compresses and checksums ``payload`` and keeps the ``corr`` run as an index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+from msgspec import Struct
+
+from tapebus.events import DeadLetter
+
+
+class Block(Struct, gc=False):
+    """Consecutive events in the raw bytes they arrived in, packed by ``tapebus.blocks``.
+
+    ``topics`` has bit ``topic_id % 64`` set for each event type inside; times are Unix seconds.
+    ``corr`` is a sorted run of 8-byte entries (hash of the correlation id, offset from
+    ``first_seq``), see `tapebus.blocks.find_corr`.
+    """
+
+    first_seq: int
+    count: int
+    min_time: float
+    max_time: float
+    min_received: float
+    max_received: float
+    topics: int
+    payload: bytes
+    corr: bytes = b""
+
+    @property
+    def last_seq(self) -> int:
+        return self.first_seq + self.count - 1
+
+
+class ProducerBook(Struct):
+    """The durable account of one producer, ``(producer_id, epoch)``; every figure counts events.
+
+    ``highest_seq = watermark + in flight`` and ``watermark = stored + rejected + dropped``, where
+    ``watermark`` is the last sequence number accounted for: what a resend is compared with.
+    """
+
+    producer_id: bytes
+    epoch: int
+    source: str = ""
+    watermark: int = 0
+    stored: int = 0
+    highest_seq: int = 0
+    rejected: dict[str, int] = {}
+    dropped: dict[str, int] = {}
+    seen_at: float = 0.0
+
+
+class Unit(Struct):
+    """One consumer's unit of work: its cursor and the state that belongs to exactly that cursor.
+
+    ``ahead`` lists the sequence numbers above ``cursor`` that were already handled (priority lanes).
+    ``state`` maps a key to its new bytes, or to ``None`` for a deleted key.
+    """
+
+    consumer: str
+    cursor: int
+    ahead: list[int] = []
+    namespace: str = ""
+    state: dict[str, bytes | None] = {}
+
+
+class Commit(Struct):
+    """Everything that becomes durable together. Blocks are gapless and in bus order."""
+
+    blocks: list[Block] = []
+    producers: list[ProducerBook] = []
+    units: list[Unit] = []
+    dead: list[DeadLetter] = []
+    topics: dict[int, str] = {}
+    counters: dict[str, int] = {}
+
+
+class StoreReader(Protocol):
+    """Read access; usable in any process while another one writes. Every call is one short transaction."""
+
+    def last_seq(self) -> int: ...
+    def first_seq(self) -> int:
+        """The oldest sequence number still kept (retention removes whole blocks), 1 on an empty tape."""
+
+    def topics(self) -> dict[int, str]: ...
+    def counters(self) -> dict[str, int]: ...
+    def blocks(
+        self,
+        after: int = 0,
+        *,
+        topic_ids: Iterable[int] | None = None,
+        since: float | None = None,
+        until: float | None = None,
+        reverse: bool = False,
+    ) -> Iterator[Block]:
+        """Blocks that may hold events with ``bus_seq > after`` matching the filters, in bus order."""
+
+    def blocks_of(self, correlation_id: str) -> Iterator[tuple[Block, list[int]]]:
+        """Blocks with the offsets of events that probably carry this correlation id (a hash match)."""
+
+    def producers(self) -> list[ProducerBook]: ...
+    def cursors(self) -> dict[str, Unit]: ...
+    def state(self, namespace: str) -> dict[str, bytes]: ...
+    def dead(self, after: int = 0, limit: int | None = None) -> Iterator[DeadLetter]: ...
+    def stats(self) -> dict[str, Any]: ...
+    def close(self) -> None: ...
+
+
+class Store(StoreReader, Protocol):
+    """Write access, by one thread of one process; holds the lock on the data directory."""
+
+    def commit(self, commit: Commit) -> None:
+        """Make `commit` durable before returning (commit and fsync).
+
+        Raises `StoreFull` when disk or map are full (nothing was written, try again later) and
+        `StoreError` on an I/O error (nothing may be acknowledged any more).
+        """
+
+    def maintain(self, now: float) -> bool:
+        """Do one bounded piece of upkeep (sealing, retention, reader check); True when more waits."""
+
+    def purge_dead(self, ids: Iterable[int]) -> int: ...
