@@ -1,0 +1,81 @@
+"""Finding and loading plugins: entry points of the group ``tapebus.plugins``, imported only when enabled."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+import pluggy
+
+from tapebus import hookspecs
+from tapebus.errors import PluginError
+from tapebus.events import Registry
+
+GROUP = "tapebus.plugins"
+BUILTIN = ("schema", "store", "outcomes", "slots", "telegram")
+
+
+def installed() -> dict[str, EntryPoint]:
+    """Every installed plugin by name, not imported. Two distributions claiming one name are refused."""
+    found: dict[str, EntryPoint] = {}
+    for point in entry_points(group=GROUP):
+        known = found.get(point.name)
+        if known is not None and known.value != point.value:
+            raise PluginError(
+                f"plugin {point.name!r} is claimed by both {known.value} and {point.value}: uninstall one of them"
+            )
+        found[point.name] = point
+    return found
+
+
+def load(names: Iterable[str], extra: Iterable[tuple[str, Any]] = ()) -> pluggy.PluginManager:
+    """Import and register the plugins called `names`, then the ready-made objects in `extra`.
+
+    Raises `PluginError` for an unknown name, an import that fails, and a plugin without a single hook
+    (pluggy would accept, and silently ignore, a compiled hookimpl).
+    """
+    manager = pluggy.PluginManager("tapebus")
+    manager.add_hookspecs(hookspecs)
+    points = installed()
+    for name in names:
+        if name not in points:
+            near = difflib.get_close_matches(name, points, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"installed: {', '.join(sorted(points)) or 'none'}"
+            raise PluginError(f"plugins.enabled: no plugin called {name!r} is installed; {hint}")
+        try:
+            module = points[name].load()
+        except Exception as error:
+            raise PluginError(
+                f"plugin {name!r} ({points[name].value}) cannot be imported: {type(error).__name__}: {error}"
+            ) from error
+        _register(manager, module, name)
+    for name, plugin in extra:
+        _register(manager, plugin, name)
+    manager.check_pending()
+    return manager
+
+
+def _register(manager: pluggy.PluginManager, plugin: Any, name: str) -> None:
+    manager.register(plugin, name=name)
+    if not manager.get_hookcallers(plugin):
+        raise PluginError(f"plugin {name!r} implements no tapebus hook: mark plain Python functions with @hookimpl")
+
+
+def call_one(manager: pluggy.PluginManager, hook: str, name: str, **arguments: Any) -> Any:
+    """Call `hook` of the one plugin called `name`; None where it does not implement it."""
+    caller = getattr(manager.hook, hook)
+    for implementation in caller.get_hookimpls():
+        if implementation.plugin_name == name:
+            return implementation.function(*(arguments[key] for key in implementation.argnames))
+    return None
+
+
+def registry(manager: pluggy.PluginManager) -> Registry:
+    """The event types of all registered plugins."""
+    found = Registry()
+    for implementation in reversed(manager.hook.tapebus_register_event_types.get_hookimpls()):
+        for event_type in implementation.function():
+            found.add(event_type)
+    return found
