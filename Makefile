@@ -1,0 +1,72 @@
+# make demo · make test · make build · make lint · make bench · make asan · make wheel · make clean
+# PYTHON=/path/to/python3.13 chooses another interpreter than the first suitable one on PATH.
+
+VENV    := .venv
+BIN     := $(VENV)/bin
+PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-script-location
+# A dependency group of pyproject.toml, one requirement a line (pip below 25.1 cannot read them).
+GROUP    = $(BIN)/python -c 'import sys, tomllib; \
+	print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"][sys.argv[1]], sep="\n")'
+SOURCES := $(wildcard core/tapebus/*.pyx core/tapebus/*.pxd core/tapebus/*.h)
+WORKERS ?= 2
+
+export PIP_ROOT_USER_ACTION := ignore
+
+.PHONY: demo test build lint format bench asan wheel clean
+
+demo: $(VENV)/.built
+	@$(BIN)/tapebus demo
+
+test: $(VENV)/.built $(VENV)/.test
+	@$(BIN)/pytest -q -n $(WORKERS) $(ARGS)
+
+build: $(VENV)/.built
+
+lint: $(VENV)/.built $(VENV)/.lint
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --quiet --check . || { echo "not formatted: run make format" >&2; exit 1; }
+	@$(BIN)/mypy
+	@$(BIN)/codespell
+
+format: $(VENV)/.lint
+	@$(BIN)/ruff check --quiet --fix .
+	@$(BIN)/ruff format .
+
+bench: $(VENV)/.built $(VENV)/.bench
+	@$(BIN)/python -m bench $(ARGS)
+
+# Ring and scanner under the address and undefined-behaviour sanitizers, built beside the normal modules.
+asan: $(VENV)/.built $(VENV)/.test
+	@TAPEBUS_SANITIZE=1 $(BIN)/python setup.py --quiet build --build-base build/asan --build-lib build/asan/lib
+	@PYTHONPATH=build/asan/lib PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
+	LD_PRELOAD="$$($(or $(CC),gcc) -print-file-name=libasan.so)" \
+	$(BIN)/pytest -q -p no:cacheprovider $(wildcard tests/test_ring.py tests/test_scan.py) $(ARGS)
+
+# The wheel, installed alone: compiled modules, plugins and command are all inside.
+wheel: $(VENV)/.built
+	@rm -rf dist build/wheel
+	@$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation -w dist .
+	@$(PIP) --no-deps --target build/wheel dist/tapebus-*.whl
+	@cd build/wheel && PYTHONPATH=. ../../$(BIN)/python ../../.ci/check_wheel.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info core/*.egg-info plugins/*.egg-info examples/*/build examples/*/*.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f core/tapebus/*.so core/tapebus/*.c
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@python=$$(.ci/find-python) && echo "tapebus: making $(VENV) with $$python" && "$$python" -m venv $(VENV)
+
+# An editable install does not rebuild when a source changes; this stamp does.
+$(VENV)/.built: $(BIN)/python pyproject.toml setup.py $(SOURCES)
+	@echo "tapebus: installing dependencies and compiling (a minute or so the first time)"
+	@$(PIP) 'setuptools>=77' 'Cython>=3.1,<4' wheel
+	@rm -rf *.egg-info core/*.egg-info
+	@$(PIP) --no-build-isolation --editable .
+	@rm -rf *.egg-info
+	@touch $@
+
+$(VENV)/.test $(VENV)/.lint $(VENV)/.bench: $(VENV)/.%: $(BIN)/python pyproject.toml
+	@$(GROUP) $* | $(PIP) --requirement /dev/stdin
+	@touch $@
