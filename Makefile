@@ -3,7 +3,7 @@
 
 VENV    := .venv
 BIN     := $(VENV)/bin
-PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-script-location
+PIP     := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-warn-script-location
 # A dependency group of pyproject.toml, one requirement a line (pip below 25.1 cannot read them).
 GROUP    = $(BIN)/python -c 'import sys, tomllib; \
 	print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"][sys.argv[1]], sep="\n")'
@@ -45,7 +45,7 @@ asan: $(VENV)/.built $(VENV)/.test
 # The wheel, installed alone: compiled modules, plugins and command are all inside.
 wheel: $(VENV)/.built
 	@rm -rf dist build/wheel
-	@$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation -w dist .
+	@$(BIN)/python -m pip wheel -qq --disable-pip-version-check --no-deps --no-build-isolation -w dist .
 	@$(PIP) --no-deps --target build/wheel dist/tapebus-*.whl
 	@cd build/wheel && PYTHONPATH=. ../../$(BIN)/python ../../.ci/check_wheel.py
 
@@ -68,5 +68,6 @@ $(VENV)/.built: $(BIN)/python pyproject.toml setup.py $(SOURCES)
 	@touch $@
 
 $(VENV)/.test $(VENV)/.lint $(VENV)/.bench: $(VENV)/.%: $(BIN)/python pyproject.toml
-	@$(GROUP) $* | $(PIP) --requirement /dev/stdin
+	@$(GROUP) $* >$@.txt
+	@$(PIP) --requirement $@.txt
 	@touch $@
