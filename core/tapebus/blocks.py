@@ -1,0 +1,16 @@
+"""Blocks of the tape: checksum, packing and the correlation index, for stores and readers."""
+
+from __future__ import annotations
+
+from tapebus._blocks import BlockView, corr_hash, crc32c, find_corr, merge_payloads, merge_runs, sort_run, topic_counts
+
+__all__ = [
+    "BlockView",
+    "corr_hash",
+    "crc32c",
+    "find_corr",
+    "merge_payloads",
+    "merge_runs",
+    "sort_run",
+    "topic_counts",
+]
