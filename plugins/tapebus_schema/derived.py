@@ -1,0 +1,134 @@
+"""Payloads of the events that plugins of the bus derive from other events."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct
+
+from tapebus_schema.fields import (
+    Code,
+    Count,
+    Direction,
+    Id,
+    Level,
+    Lots,
+    Name,
+    Number,
+    Percent,
+    Positive,
+    Severity,
+    Symbol,
+    Text,
+    Time,
+)
+
+Outcome = Literal["WIN", "LOSS", "BREAKEVEN", "TIMEOUT", "CANCELLED", "UNKNOWN"]
+Texts = Annotated[list[Text], Meta(max_length=1000)]
+
+
+class SignalOutcome(Struct, frozen=True, gc=False, omit_defaults=True, kw_only=True):
+    """How a signal ended. ``r``, ``mfe``, ``mae`` in multiples of the stop distance; times are event times."""
+
+    signal_id: Id
+    symbol: Symbol
+    direction: Direction
+    pattern_type: Name
+    confidence: Percent
+    outcome: Outcome
+    opened_at: Time
+    closed_at: Time
+    duration_s: Positive
+    quotes_seen: Count
+    fired: bool
+    exit_price: Level | None = None
+    r: Number | None = None
+    pips: Number | None = None
+    mfe: Number | None = None
+    mae: Number | None = None
+    ambiguous: bool = False
+    gap_before_exit: bool = False
+
+
+class Rule(Struct, frozen=True, gc=False, omit_defaults=True, kw_only=True):
+    """One rule of a gate with the limit it compared and what it found."""
+
+    name: Name
+    passed: bool
+    limit: Any = None
+    actual: Any = None
+
+
+class GateVerdict(Struct, frozen=True, gc=False, omit_defaults=True, kw_only=True):
+    """Whether a signal may be fired, with every rule that was asked. ``risk`` in account currency."""
+
+    signal_id: Id
+    fire: bool
+    reasons: Texts
+    rules: Annotated[list[Rule], Meta(max_length=1000)]
+    slots_used: Count
+    user_id: Id | None = None
+    lots: Lots | None = None
+    risk: Positive | None = None
+
+
+class SlotReserved(Struct, frozen=True, gc=False, omit_defaults=True, kw_only=True):
+    """A slot is held for an order; ``slots_used`` may exceed ``slots_max``, that is a state, not an error."""
+
+    fire_id: Id
+    symbol: Symbol
+    direction: Direction
+    slots_used: Count
+    slots_max: Count
+    signal_id: Id | None = None
+    user_id: Id | None = None
+
+
+class SlotOpened(Struct, frozen=True, gc=False, omit_defaults=True, kw_only=True):
+    """The order of a slot became a position."""
+
+    fire_id: Id
+    symbol: Symbol
+    direction: Direction
+    slots_used: Count
+    slots_max: Count
+    signal_id: Id | None = None
+    user_id: Id | None = None
+    ticket: Count | None = None
+    position_id: Count | None = None
+
+
+class SlotReleased(Struct, frozen=True, gc=False, omit_defaults=True, kw_only=True):
+    """A slot is free again; ``evidence`` names the events that proved it."""
+
+    fire_id: Id
+    symbol: Symbol
+    method: Code
+    evidence: Texts
+    slots_used: Count
+    slots_max: Count
+    ticket: Count | None = None
+    user_id: Id | None = None
+
+
+class PatternStatus(Struct, frozen=True, gc=False, omit_defaults=True, kw_only=True):
+    """Where a pattern stands. ``win_rate``, ``low`` and ``high`` (its interval) share one unit."""
+
+    pattern_type: Name
+    status: Code
+    reason: Text
+    n: Count
+    wins: Count
+    win_rate: Percent | None = None
+    low: Percent | None = None
+    high: Percent | None = None
+
+
+class Alert(Struct, frozen=True, gc=False, omit_defaults=True, kw_only=True):
+    """Something a person should know; ``cleared`` ends what ``raised`` began under the same name."""
+
+    name: Name
+    severity: Severity
+    message: Text
+    state: Literal["raised", "cleared"] = "raised"
+    component: Name | None = None
