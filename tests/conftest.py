@@ -1,0 +1,186 @@
+"""Fixtures shared by all tests: recorded data, private directories, free ports and a real bus process."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED_DATA = ROOT.parent / "shared" / "data"
+#: Seconds: an upper bound for a loaded machine, never a claim about speed.
+PATIENCE = 30.0
+
+
+@pytest.fixture(autouse=True)
+def no_thread_survives() -> Iterator[None]:
+    """Fail a test that leaves a thread behind which would keep the interpreter from exiting."""
+    before = set(threading.enumerate())
+    yield
+    for thread in set(threading.enumerate()) - before:
+        if not thread.daemon:
+            thread.join(PATIENCE)
+            assert not thread.is_alive(), f"thread {thread.name!r} is still running: something was not closed"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The recorded events, ticks and wire captures, which are not part of the repository."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("no recorded data: ../shared/data is absent")
+    return SHARED_DATA
+
+
+@pytest.fixture
+def data_dir() -> Iterator[Path]:
+    """A private directory with a path short enough for ipc sockets, which pytest's own is not."""
+    path = Path(tempfile.mkdtemp(prefix="tb-", dir="/tmp" if os.access("/tmp", os.W_OK) else None))
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture
+def free_ports() -> Callable[[int], list[int]]:
+    """``free_ports(n)``: loopback TCP ports that nobody listens on."""
+
+    def find(count: int = 1) -> list[int]:
+        with ExitStack() as held:
+            sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+            for each in sockets:
+                each.bind(("127.0.0.1", 0))
+            return [each.getsockname()[1] for each in sockets]
+
+    return find
+
+
+class Bus:
+    """A ``tapebus run`` process on its own ports and data directory; may be killed and started again."""
+
+    def __init__(self, directory: Path, ports: Sequence[int], plugins: Sequence[str], extra: str = "") -> None:
+        self.data_dir = directory / "data"
+        self.config_file = directory / "tapebus.toml"
+        self.log = directory / "bus.log"
+        self.feed, self.ingest, self.acked = (f"tcp://127.0.0.1:{port}" for port in ports)
+        self.config_file.write_text(
+            f"[bus]\ndata_dir = {json.dumps(str(self.data_dir))}\n"
+            f'[listen]\nfeed = "{self.feed}"\ningest = "{self.ingest}"\nacked = "{self.acked}"\n'
+            f"[plugins]\nenabled = {json.dumps(list(plugins))}\n{extra}\n"
+        )
+        self.python_path: list[str] = []
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def config(self) -> Any:
+        from tapebus.config import Config
+
+        return Config.load(self.config_file, environ={})
+
+    def environ(self) -> dict[str, str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("TAPEBUS_")}
+        path = [*self.python_path, *filter(None, [kept.get("PYTHONPATH")])]
+        return {**kept, "PYTHONPATH": os.pathsep.join(path)} if path else kept
+
+    def start(self) -> Bus:
+        """Start the process and return once it answers on its control socket."""
+        command = [sys.executable, "-m", "tapebus", "run", "--config", str(self.config_file)]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.environ(), cwd=self.data_dir.parent
+            )
+        self.wait_for(lambda stats: True, "to answer on its control socket")
+        return self
+
+    def request(self, command: str, **arguments: Any) -> Any:
+        """One command to the control socket."""
+        from tapebus.control import request
+
+        return request(self.config, {"cmd": command, **arguments})
+
+    def stats(self) -> Any:
+        return self.request("stats")
+
+    def consumer(self, name: str) -> Any:
+        """The line of one consumer in ``stats``."""
+        return next(each for each in self.stats()["consumers"] if each["name"] == name)
+
+    def wait_for(self, condition: Callable[[Any], bool], what: str) -> Any:
+        """Ask for ``stats`` until `condition` holds; fail with the log when it never does or the bus ends."""
+        from tapebus.errors import TapebusError
+
+        assert self.process is not None
+        deadline = time.monotonic() + PATIENCE
+        stats: Any = None
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                pytest.fail(f"the bus ended with code {self.process.returncode}:\n{self.output()}")
+            try:
+                stats = self.stats()
+                if condition(stats):
+                    return stats
+            except TapebusError:
+                pass
+            try:
+                self.process.wait(0.02)
+            except subprocess.TimeoutExpired:
+                continue
+        pytest.fail(f"waited in vain for the bus {what}; last stats: {stats}\n{self.output()}")
+
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")[-4000:] if self.log.exists() else ""
+
+    def stop(self) -> int:
+        """Ask the bus to finish, as a service manager does; its exit code."""
+        return self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End the process without any chance to tidy up."""
+        self._end(signal.SIGKILL)
+
+    def _end(self, number: signal.Signals) -> int:
+        if self.process is None:
+            return 0
+        process, self.process = self.process, None
+        process.send_signal(signal.SIGCONT)
+        process.send_signal(number)
+        try:
+            return process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            pytest.fail(f"the bus did not end on {number.name}:\n{self.output()}")
+
+
+@pytest.fixture
+def make_bus(data_dir: Path, free_ports: Callable[[int], list[int]]) -> Iterator[Callable[..., Bus]]:
+    """``make_bus(plugins=[...], extra="toml")``: a `Bus` not started yet; all are ended after the test."""
+    made: list[Bus] = []
+
+    def make(plugins: Sequence[str] = ("schema", "store", "outcomes", "slots", "telegram"), extra: str = "") -> Bus:
+        directory = data_dir / str(len(made))
+        directory.mkdir()
+        made.append(Bus(directory, free_ports(3), plugins, extra))
+        return made[-1]
+
+    yield make
+    for each in made:
+        if each.process is not None:
+            each.kill()
+
+
+@pytest.fixture
+def bus(make_bus: Callable[..., Bus]) -> Bus:
+    """A running bus with the five built-in plugins."""
+    return make_bus().start()
