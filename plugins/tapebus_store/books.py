@@ -1,0 +1,103 @@
+"""The small records next to the blocks: what the tape knows about itself, producers, cursors, state."""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+
+import msgspec
+from tapebus.errors import CorruptError, StoreError
+from tapebus.store import ProducerBook, Unit
+
+from tapebus_store.layout import MAJOR, MAX_KEY, MINOR
+
+VERSION_KEY = b"version"
+TAPE_KEY = b"tape"
+TOPIC_PREFIX = b"topic:"
+COUNTER_PREFIX = b"counter:"
+
+
+class TapeRecord(msgspec.Struct):
+    """What must be known at once after opening, whatever the length of the tape; one per commit.
+
+    Bytes are as stored (compressed). Blocks up to ``sealed_to`` are sealed; correlation runs up to
+    ``merged_to`` are of level 2, and ``runs`` of level 1 follow them.
+    """
+
+    last_seq: int = 0
+    events: int = 0
+    block_bytes: int = 0
+    corr_bytes: int = 0
+    raw_bytes: int = 0
+    hot_blocks: int = 0
+    hot_events: int = 0
+    hot_raw: int = 0
+    sealed_blocks: int = 0
+    sealed_to: int = 0
+    merged_to: int = 0
+    runs: int = 0
+    last_dead: int = 0
+    dead: int = 0
+    newest: float = 0.0
+
+
+def encode_version() -> bytes:
+    return f"tapebus {MAJOR}.{MINOR}".encode()
+
+
+def check_version(stored: bytes, where: object) -> None:
+    """Raise `StoreError` when a newer major version wrote this tape."""
+    try:
+        name, number = stored.decode("ascii").split(" ")
+        major = int(number.split(".")[0])
+        if name != "tapebus":
+            raise ValueError(name)
+    except ValueError as error:
+        raise CorruptError(f"{where}: this is not a tape (version record {stored[:40]!r})") from error
+    if major > MAJOR:
+        raise StoreError(
+            f"{where}: written by store version {number}, this tapebus reads up to {MAJOR}.x: upgrade tapebus"
+        )
+
+
+_packer = msgspec.msgpack.Encoder()
+encode = _packer.encode
+decode_tape = msgspec.msgpack.Decoder(TapeRecord).decode
+decode_producer = msgspec.msgpack.Decoder(ProducerBook).decode
+
+
+def producer_key(book: ProducerBook) -> bytes:
+    return book.producer_id + book.epoch.to_bytes(8, "big")
+
+
+def encode_cursor(unit: Unit) -> bytes:
+    return encode((unit.cursor, unit.namespace, unit.ahead))
+
+
+def decode_cursor(consumer: str, value: bytes) -> Unit:
+    cursor, namespace, ahead = msgspec.msgpack.decode(value, type=tuple[int, str, list[int]])
+    return Unit(consumer=consumer, cursor=cursor, namespace=namespace, ahead=ahead)
+
+
+def state_prefix(namespace: str) -> bytes:
+    return namespace.encode() + b"\0"
+
+
+def state_key(namespace: str, key: str) -> bytes:
+    """The database key of one state entry; a key too long for LMDB is replaced by a hash of it.
+
+    0xff never starts UTF-8 text, so a hash cannot be taken for a plain key.
+    """
+    prefix, plain = state_prefix(namespace), key.encode()
+    if len(prefix) + len(plain) <= MAX_KEY:
+        return prefix + plain
+    return prefix + b"\xff" + blake2b(plain, digest_size=24).digest()
+
+
+def encode_state(key: str, value: bytes) -> bytes:
+    plain = key.encode()
+    return len(plain).to_bytes(4, "little") + plain + value
+
+
+def decode_state(value: bytes) -> tuple[str, bytes]:
+    end = 4 + int.from_bytes(value[:4], "little")
+    return value[4:end].decode(), value[end:]

@@ -1,0 +1,274 @@
+"""The LMDB environment: opened once per process, shared by its readers and its writer.
+
+LMDB loses its locks when one process opens the same file twice, so handles on one directory share
+one `Environment`, counted by references.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import lmdb
+from tapebus.errors import CorruptError, StoreError, TapebusError
+
+DATABASES = ("blocks", "corr", "producers", "cursors", "state", "dead", "meta")
+MiB = 1 << 20
+MAX_READERS = 512
+
+_shared: dict[Path, Environment] = {}
+_locks: list[int] = []
+_parents: list[Any] = []
+_mutex = threading.Lock()
+
+
+def _after_fork() -> None:
+    """A child starts without environments and without the parent's hold on its lock file.
+
+    The parent's handles are kept referenced: closing them here would touch the parent's lock table.
+    """
+    global _mutex
+    _mutex = threading.Lock()
+    _parents.extend(each.env for each in _shared.values())
+    _shared.clear()
+    for fd in _locks:
+        with suppress(OSError):
+            os.close(fd)
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+class InstanceLock:
+    """The exclusive lock on a data directory; released by the kernel when the process ends, however it ends."""
+
+    def __init__(self, data_dir: Path) -> None:
+        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.path = data_dir / "bus.lock"
+        self._pid = os.getpid()
+        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = os.pread(self._fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
+            os.close(self._fd)
+            raise TapebusError(
+                f"{data_dir}: another bus (pid {owner}) runs on this data directory: "
+                "stop it, or choose another --data-dir"
+            ) from error
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, f"{self._pid}\n".encode(), 0)
+        _locks.append(self._fd)
+
+    def release(self) -> None:
+        if self._fd >= 0 and self._pid == os.getpid():
+            _locks.remove(self._fd)
+            os.close(self._fd)
+        self._fd = -1
+
+
+class Environment:
+    """One open LMDB environment. Reads from any thread; `exclusive` and writes from one thread only."""
+
+    def __init__(self, path: Path, *, readonly: bool, map_size: int) -> None:
+        self.path = path
+        self.readonly = readonly
+        self.map_size = map_size
+        self.references = 0
+        self._pid = os.getpid()
+        self._changed = threading.Condition()
+        self._reading = 0
+        self._waiting = 0
+        self._exclusive = False
+        self._open()
+
+    def _open(self) -> None:
+        data = self.path / "data.mdb"
+        size = data.stat().st_size if data.exists() else 0
+        map_size = self.map_size
+        while map_size < size + size // 4:
+            map_size *= 2
+        try:
+            self.env = lmdb.open(
+                str(self.path),
+                map_size=map_size,
+                max_dbs=len(DATABASES) + 8,
+                max_readers=MAX_READERS,
+                readonly=self.readonly,
+                create=not self.readonly,
+                readahead=False,
+                mode=0o600,
+            )
+            self.dbs = {name: self.env.open_db(name.encode(), create=not self.readonly) for name in DATABASES}
+        except (lmdb.NotFoundError, lmdb.ReadonlyError) as error:
+            raise StoreError(f"{self.path}: no tape here yet: start the bus once, or check --data-dir") from error
+        except (lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError) as error:
+            raise CorruptError(f"{data}: this is not a usable tape ({error}): restore it from a backup") from error
+        except (lmdb.Error, OSError) as error:
+            raise StoreError(f"{self.path}: the tape cannot be opened: {error}") from error
+
+    def check_process(self) -> None:
+        """Raise `StoreError` in a forked child, where LMDB handles of the parent must not be used."""
+        if self._pid != os.getpid():
+            raise StoreError(f"{self.path}: opened before a fork (pid {self._pid}): open the tape again in the child")
+        if self.references <= 0:
+            raise StoreError(f"{self.path}: the tape is closed")
+
+    @contextmanager
+    def reading(self) -> Iterator[lmdb.Transaction]:
+        """A short read transaction; values are zero-copy buffers that die with it."""
+        self.check_process()
+        with self._changed:
+            while self._waiting:
+                self._changed.wait()
+            self._reading += 1
+        try:
+            with self._begin() as txn:
+                yield txn
+        except lmdb.CorruptedError as error:
+            raise CorruptError(f"{self.path}: damaged index pages ({error}): restore it from a backup") from error
+        except lmdb.Error as error:
+            raise StoreError(f"{self.path}: the tape cannot be read: {error}") from error
+        finally:
+            with self._changed:
+                self._reading -= 1
+                self._changed.notify_all()
+
+    def _begin(self) -> lmdb.Transaction:
+        while True:
+            try:
+                return self.env.begin(buffers=True)
+            except lmdb.MapResizedError:
+                self._adopt_map_size()
+
+    def _adopt_map_size(self) -> None:
+        """Follow a map that another process has grown, once no other thread reads here."""
+        with self._changed:
+            self._reading -= 1
+            self._waiting += 1
+            self._changed.notify_all()
+            while self._reading or self._exclusive:
+                self._changed.wait()
+            try:
+                self.env.set_mapsize(0)
+            finally:
+                self._reading += 1
+                self._waiting -= 1
+                self._changed.notify_all()
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Keep every read transaction of this process out, as resizing and reopening require."""
+        with self._changed:
+            self._waiting += 1
+            while self._reading or self._exclusive:
+                self._changed.wait()
+            self._exclusive = True
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._exclusive = False
+                self._waiting -= 1
+                self._changed.notify_all()
+
+    def grow(self, max_bytes: int) -> bool:
+        """Double the map up to `max_bytes`; False when it is that large already. Writer thread only."""
+        size = self.env.info()["map_size"]
+        if size >= max_bytes:
+            return False
+        with self.exclusive():
+            self.env.set_mapsize(min(size * 2, max_bytes))
+        return True
+
+    def make_writable(self, map_size: int) -> None:
+        """Reopen for writing what this process had opened for reading."""
+        with self.exclusive():
+            self.env.close()
+            self.readonly, self.map_size = False, map_size
+            self._open()
+
+
+def acquire(path: Path, *, readonly: bool, map_size: int) -> Environment:
+    """The shared environment of `path`; pair each call with `release`."""
+    path = path.resolve()
+    data = path / "data.mdb"
+    if readonly and not data.exists():
+        raise StoreError(f"{path}: no tape here yet: start the bus once, or check --data-dir")
+    with _mutex:
+        found = _shared.get(path)
+        if found is None:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _refuse_truncated(data)
+            found = _shared[path] = Environment(path, readonly=readonly, map_size=map_size)
+            _sync_directory(path)
+        elif found.readonly and not readonly:
+            found.make_writable(map_size)
+        found.references += 1
+        return found
+
+
+def release(environment: Environment) -> None:
+    """Give back one reference; the last one closes the environment."""
+    with _mutex:
+        if environment._pid != os.getpid():
+            return
+        environment.references -= 1
+        if environment.references == 0:
+            with environment.exclusive():
+                environment.env.close()
+            _shared.pop(environment.path, None)
+
+
+def _sync_directory(path: Path) -> None:
+    """Make the names of new files durable; a file system without directory sync is left alone."""
+    for each in (path, path.parent):
+        with suppress(OSError):
+            fd = os.open(each, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+
+def _refuse_truncated(data: Path) -> None:
+    """Raise `CorruptError` for a file that would kill this process with SIGBUS once mapped.
+
+    A file shorter than its meta page says may still be sound (pages freed at the end are never
+    written), so a child process, which may die, reads all of it.
+    """
+    if not data.exists() or not _shorter_than_promised(data):
+        return
+    walk = "import sys,lmdb; e=lmdb.open(sys.argv[1],readonly=True,max_dbs=64)\n" + (
+        "with e.begin(buffers=True) as t:\n"
+        " names=[bytes(k) for k,_ in t.cursor()]\n"
+        "for n in names:\n"
+        " d=e.open_db(n,create=False)\n"
+        " with e.begin(buffers=True) as t:\n"
+        "  for k,v in t.cursor(d): bytes(v)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", walk, str(data.parent)], capture_output=True, check=False)
+    if done.returncode:
+        raise CorruptError(f"{data}: the file is cut short ({data.stat().st_size} bytes): restore it from a backup")
+
+
+def _shorter_than_promised(data: Path) -> bool:
+    """Whether the file ends before the last page its newest meta page names (LMDB 0.9, 64-bit)."""
+    with data.open("rb") as file:
+        head = file.read(2 * 65536)
+    if len(head) < 152:
+        return len(head) > 0
+    page = int.from_bytes(head[40:44], "little")
+    if not 512 <= page <= 65536:
+        return True
+    newest = max((0, page), key=lambda base: int.from_bytes(head[base + 144 : base + 152], "little"))
+    last_page = int.from_bytes(head[newest + 136 : newest + 144], "little")
+    return data.stat().st_size < (last_page + 1) * page

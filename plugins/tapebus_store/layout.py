@@ -1,0 +1,164 @@
+"""How records look on disk: the block header, checksummed book values and keys.
+
+Everything read back is checked with CRC32C first, because LMDB itself has no page checksums.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+import zstandard
+from tapebus.blocks import crc32c
+from tapebus.errors import CorruptError
+from tapebus.store import Block
+
+#: Major versions cannot be read by older code; a minor one can.
+MAJOR, MINOR = 1, 0
+
+MAGIC = b"TBLK"
+FORMAT = 1
+RAW, ZSTD = 0, 1
+SEALED = 1
+
+#: magic, format, codec, flags, first_seq, count, raw length, min/max event time, min/max receive time,
+#: topics bitmap, CRC of the stored payload; followed by the CRC of these bytes
+_FIELDS = struct.Struct("<4sBBHQIIddddQI")
+_CRC = struct.Struct("<I")
+HEADER_SIZE = _FIELDS.size + _CRC.size
+
+#: level (0: one commit, 1: one sealed block, 2: many), CRC of key and run
+_RUN = struct.Struct("<BxxxI")
+RUN_HEADER = _RUN.size
+
+#: Below this the zstd frame costs more than it saves.
+COMPRESS_FROM = 400
+MAX_KEY = 500
+
+_SEQ = struct.Struct(">Q")
+seq_key = _SEQ.pack
+
+
+def key_seq(key: bytes | memoryview) -> int:
+    """The number a `seq_key` was made from."""
+    return int.from_bytes(key, "big")
+
+
+class Header(NamedTuple):
+    """The decoded header of a stored block."""
+
+    codec: int
+    flags: int
+    first_seq: int
+    count: int
+    raw_length: int
+    min_time: float
+    max_time: float
+    min_received: float
+    max_received: float
+    topics: int
+    payload_crc: int
+
+    @property
+    def last_seq(self) -> int:
+        return self.first_seq + self.count - 1
+
+
+def encode_block(block: Block, compressor: zstandard.ZstdCompressor, flags: int = 0) -> bytes:
+    """The stored form of `block`: header, then the payload, compressed where that makes it smaller."""
+    payload, codec = block.payload, RAW
+    if len(payload) > COMPRESS_FROM:
+        packed = compressor.compress(payload)
+        if len(packed) < len(payload):
+            payload, codec = packed, ZSTD
+    fields = _FIELDS.pack(
+        MAGIC,
+        FORMAT,
+        codec,
+        flags,
+        block.first_seq,
+        block.count,
+        len(block.payload),
+        block.min_time,
+        block.max_time,
+        block.min_received,
+        block.max_received,
+        block.topics,
+        crc32c(payload),
+    )
+    return b"".join((fields, _CRC.pack(crc32c(fields)), payload))
+
+
+def decode_header(key: bytes | memoryview, value: bytes | memoryview) -> Header:
+    """The header of the block stored under `key`; copies no payload. Raises `CorruptError`."""
+    seq = key_seq(key)
+    if len(value) < HEADER_SIZE:
+        raise CorruptError(f"tape: the block at bus_seq {seq} is cut short; run `tapebus check`")
+    magic, form, *rest = _FIELDS.unpack_from(value)
+    if _CRC.unpack_from(value, _FIELDS.size)[0] != crc32c(bytes(value[: _FIELDS.size])):
+        raise CorruptError(f"tape: the header of the block at bus_seq {seq} does not match its checksum")
+    header = Header(*rest)
+    if magic != MAGIC or form != FORMAT or header.first_seq != seq:
+        raise CorruptError(f"tape: the record at bus_seq {seq} is not a block of format {FORMAT}")
+    return header
+
+
+def decode_block(header: Header, stored: bytes, decompressor: zstandard.ZstdDecompressor) -> Block:
+    """The block of `header` with its payload verified and unpacked. Raises `CorruptError`."""
+    where = f"bus_seq {header.first_seq}..{header.last_seq}"
+    if crc32c(stored) != header.payload_crc:
+        raise CorruptError(f"tape: the events at {where} do not match their checksum")
+    if header.codec == ZSTD:
+        try:
+            stored = decompressor.decompress(stored, max_output_size=header.raw_length)
+        except zstandard.ZstdError as error:
+            raise CorruptError(f"tape: the events at {where} cannot be decompressed: {error}") from error
+    elif header.codec != RAW:
+        raise CorruptError(f"tape: the events at {where} use the unknown codec {header.codec}")
+    if len(stored) != header.raw_length:
+        raise CorruptError(f"tape: the events at {where} have {len(stored)} bytes instead of {header.raw_length}")
+    return Block(
+        first_seq=header.first_seq,
+        count=header.count,
+        min_time=header.min_time,
+        max_time=header.max_time,
+        min_received=header.min_received,
+        max_received=header.max_received,
+        topics=header.topics,
+        payload=stored,
+    )
+
+
+def encode_run(key: bytes, run: bytes, level: int) -> bytes:
+    """The stored form of a sorted run of correlation entries."""
+    return _RUN.pack(level, crc32c(run, crc32c(key))) + run
+
+
+def run_level(value: bytes | memoryview) -> int:
+    return value[0]
+
+
+def run_mark(value: bytes | memoryview) -> int:
+    """The checksum stored with a run: what tells one content of a key from another."""
+    return int(_RUN.unpack_from(value)[1])
+
+
+def decode_run(key: bytes, value: bytes | memoryview) -> bytes:
+    """The run stored under `key`, verified. Raises `CorruptError`."""
+    run = bytes(value[RUN_HEADER:])
+    if len(value) < RUN_HEADER or _RUN.unpack_from(value)[1] != crc32c(run, crc32c(key)):
+        raise CorruptError(f"tape: the correlation index from bus_seq {key_seq(key)} does not match its checksum")
+    return run
+
+
+def guard(key: bytes, value: bytes) -> bytes:
+    """`value` with a checksum over it and its key in front."""
+    return _CRC.pack(crc32c(value, crc32c(key))) + value
+
+
+def unguard(database: str, key: bytes, value: bytes) -> bytes:
+    """The value inside a `guard`, verified. Raises `CorruptError`."""
+    body = value[4:]
+    if len(value) < 4 or _CRC.unpack_from(value)[0] != crc32c(body, crc32c(key)):
+        raise CorruptError(f"tape: a record of {database!r} (key {key!r}) does not match its checksum")
+    return body

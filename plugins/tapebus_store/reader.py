@@ -1,0 +1,304 @@
+"""Reading the tape: short transactions, checksums before anything is believed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import zstandard
+from tapebus.blocks import corr_hash, find_corr
+from tapebus.errors import CorruptError
+from tapebus.events import DeadLetter
+from tapebus.store import Block, ProducerBook, Unit
+
+import msgspec
+from tapebus_store import books, layout
+from tapebus_store.environment import MiB, Environment, acquire, release
+
+#: One read transaction hands out at most this much before it is closed.
+CHUNK_BLOCKS = 256
+CHUNK_BYTES = 4 * MiB
+#: Headers looked at within one transaction while nothing matches.
+CHUNK_HEADERS = 4096
+
+_decode_dead = msgspec.msgpack.Decoder(DeadLetter).decode
+
+
+class LmdbReader:
+    """Read access to a tape; every call may come from any thread and takes short transactions.
+
+    While a tape is being read, small blocks may be merged: a block handed out may then begin with
+    events that an earlier block held already, so carry the last ``bus_seq`` seen from block to block.
+    """
+
+    def __init__(self, data_dir: Path, *, readonly: bool = True, map_size: int = 256 * MiB) -> None:
+        self._environment: Environment | None = None
+        self._env = acquire(Path(data_dir) / "tape", readonly=readonly, map_size=map_size)
+        self._environment = self._env
+        self._verified: set[tuple[int, int, int]] = set()
+        if readonly:
+            try:
+                self._check_version()
+            except BaseException:
+                self.close()
+                raise
+
+    def _check_version(self) -> None:
+        with self._env.reading() as txn:
+            version = self._get(txn, "meta", books.VERSION_KEY)
+        books.check_version(version or b"", self._env.path)
+
+    def _get(self, txn: lmdb.Transaction, database: str, key: bytes) -> bytes | None:
+        value = txn.get(key, db=self._env.dbs[database])
+        return None if value is None else layout.unguard(database, key, bytes(value))
+
+    def _entries(self, database: str, prefix: bytes = b"") -> list[tuple[bytes, bytes]]:
+        """All entries of a small database whose key starts with `prefix`, verified."""
+        found = []
+        with self._env.reading() as txn, txn.cursor(self._env.dbs[database]) as cursor:
+            if not cursor.set_range(prefix):
+                return found
+            for key, value in cursor:
+                name = bytes(key)
+                if not name.startswith(prefix):
+                    break
+                found.append((name, layout.unguard(database, name, bytes(value))))
+        return found
+
+    def _tape(self) -> books.TapeRecord:
+        with self._env.reading() as txn:
+            value = self._get(txn, "meta", books.TAPE_KEY)
+        return books.TapeRecord() if value is None else books.decode_tape(value)
+
+    def last_seq(self) -> int:
+        """The newest ``bus_seq`` on disk, 0 on an empty tape."""
+        return self._tape().last_seq
+
+    def first_seq(self) -> int:
+        """The oldest ``bus_seq`` still kept; ``last_seq() + 1`` when nothing is kept."""
+        with self._env.reading() as txn:
+            return self._first(txn)
+
+    def _first(self, txn: lmdb.Transaction) -> int:
+        with txn.cursor(self._env.dbs["blocks"]) as cursor:
+            if cursor.first():
+                return layout.key_seq(cursor.key())
+        value = self._get(txn, "meta", books.TAPE_KEY)
+        return 1 if value is None else books.decode_tape(value).last_seq + 1
+
+    def topics(self) -> dict[int, str]:
+        """Event type names by the id used inside blocks."""
+        skip = len(books.TOPIC_PREFIX)
+        return {int(key[skip:]): value.decode() for key, value in self._entries("meta", books.TOPIC_PREFIX)}
+
+    def counters(self) -> dict[str, int]:
+        """The counters as last committed."""
+        skip = len(books.COUNTER_PREFIX)
+        return {key[skip:].decode(): int(value) for key, value in self._entries("meta", books.COUNTER_PREFIX)}
+
+    # -- blocks ---------------------------------------------------------------------------------
+
+    def blocks(
+        self,
+        after: int = 0,
+        *,
+        topic_ids: Iterable[int] | None = None,
+        since: float | None = None,
+        until: float | None = None,
+        reverse: bool = False,
+    ) -> Iterator[Block]:
+        """Blocks that may hold events after `after` matching the filters; newest first if `reverse`.
+
+        `since` and `until` are event times in Unix seconds, both inclusive. Raises `CorruptError` with
+        the ``bus_seq`` range when a checksum fails or a block is missing.
+        """
+        mask = None if topic_ids is None else sum({1 << (each % 64) for each in topic_ids})
+        wanted = _Filter(mask, since, until)
+        unpack = zstandard.ZstdDecompressor()
+        place, bound = after, 1 << 63
+        while True:
+            if reverse:
+                chunk, bound = self._chunk_back(after, bound, wanted)
+                done = bound <= after + 1
+            else:
+                chunk, place, done = self._chunk(place, wanted)
+            for header, stored in chunk:
+                yield layout.decode_block(header, stored, unpack)
+            if done:
+                return
+
+    def _chunk(self, after: int, wanted: _Filter) -> tuple[list[tuple[layout.Header, bytes]], int, bool]:
+        """Matching blocks after `after`, the last ``bus_seq`` looked at, whether the end was reached."""
+        chunk: list[tuple[layout.Header, bytes]] = []
+        size = seen = 0
+        with self._env.reading() as txn, txn.cursor(self._env.dbs["blocks"]) as cursor:
+            found = cursor.set_range(layout.seq_key(after + 1))
+            if not (found and layout.key_seq(cursor.key()) == after + 1):
+                found = (cursor.prev() if found else cursor.last()) or cursor.first()
+            while found:
+                header = layout.decode_header(cursor.key(), value := cursor.value())
+                if header.last_seq > after:
+                    if header.first_seq > after + 1 and (seen or after >= self._first(txn)):
+                        raise CorruptError(f"tape: bus_seq {after + 1}..{header.first_seq - 1} is missing")
+                    after = header.last_seq
+                    seen += 1
+                    if wanted.match(header):
+                        chunk.append((header, bytes(value[layout.HEADER_SIZE :])))
+                        size += len(value)
+                    if size >= CHUNK_BYTES or len(chunk) >= CHUNK_BLOCKS or seen >= CHUNK_HEADERS:
+                        return chunk, after, False
+                found = cursor.next()
+        return chunk, after, True
+
+    def _chunk_back(
+        self, after: int, bound: int, wanted: _Filter
+    ) -> tuple[list[tuple[layout.Header, bytes]], int]:
+        """Matching blocks below `bound` in reverse order, and the new bound (0 when done)."""
+        chunk: list[tuple[layout.Header, bytes]] = []
+        size = seen = 0
+        with self._env.reading() as txn, txn.cursor(self._env.dbs["blocks"]) as cursor:
+            found = cursor.prev() if cursor.set_range(layout.seq_key(bound)) else cursor.last()
+            while found:
+                header = layout.decode_header(cursor.key(), value := cursor.value())
+                if header.last_seq <= after:
+                    return chunk, 0
+                if bound < 1 << 63 and header.last_seq < bound - 1:
+                    raise CorruptError(f"tape: bus_seq {header.last_seq + 1}..{bound - 1} is missing")
+                bound = header.first_seq
+                seen += 1
+                if wanted.match(header):
+                    chunk.append((header, bytes(value[layout.HEADER_SIZE :])))
+                    size += len(value)
+                if size >= CHUNK_BYTES or len(chunk) >= CHUNK_BLOCKS or seen >= CHUNK_HEADERS:
+                    return chunk, bound
+                found = cursor.prev()
+        return chunk, 0
+
+    def blocks_of(self, correlation_id: str) -> Iterator[tuple[Block, list[int]]]:
+        """Blocks, in bus order, with the offsets of events that probably carry `correlation_id`.
+
+        The index holds hashes: compare the id of each event. Raises `CorruptError`.
+        """
+        hits = self._hits(corr_hash(correlation_id))
+        unpack = zstandard.ZstdDecompressor()
+        place = 0
+        while place < len(hits):
+            found = self._block_at(hits[place])
+            if found is None:
+                place += 1
+                continue
+            header, stored = found
+            offsets = []
+            while place < len(hits) and hits[place] <= header.last_seq:
+                offsets.append(hits[place] - header.first_seq)
+                place += 1
+            yield layout.decode_block(header, stored, unpack), offsets
+
+    def _hits(self, wanted: int) -> list[int]:
+        """Sequence numbers in the index under the hash `wanted`, ascending."""
+        hits = []
+        with self._env.reading() as txn, txn.cursor(self._env.dbs["corr"]) as cursor:
+            for key, value in cursor:
+                first = layout.key_seq(key)
+                mark = (first, len(value), layout.run_mark(value))
+                if mark in self._verified:
+                    run = value[layout.RUN_HEADER :]
+                else:
+                    run = layout.decode_run(bytes(key), value)
+                    if len(self._verified) > 100_000:
+                        self._verified.clear()
+                    self._verified.add(mark)
+                hits.extend(first + offset for offset in find_corr(run, wanted))
+        return sorted(hits)
+
+    def _block_at(self, seq: int) -> tuple[layout.Header, bytes] | None:
+        """The stored block that holds `seq`; None where retention has removed it."""
+        with self._env.reading() as txn, txn.cursor(self._env.dbs["blocks"]) as cursor:
+            found = cursor.prev() if cursor.set_range(layout.seq_key(seq + 1)) else cursor.last()
+            if not found:
+                return None
+            header = layout.decode_header(cursor.key(), value := cursor.value())
+            if header.last_seq < seq:
+                raise CorruptError(f"tape: bus_seq {header.last_seq + 1}..{seq} is missing")
+            return header, bytes(value[layout.HEADER_SIZE :])
+
+    # -- books ----------------------------------------------------------------------------------
+
+    def producers(self) -> list[ProducerBook]:
+        """The account of every producer ever seen."""
+        return [books.decode_producer(value) for _, value in self._entries("producers")]
+
+    def cursors(self) -> dict[str, Unit]:
+        """The last closed unit of each consumer, without its state."""
+        return {key.decode(): books.decode_cursor(key.decode(), value) for key, value in self._entries("cursors")}
+
+    def state(self, namespace: str) -> dict[str, bytes]:
+        """The durable state of one plugin, in key order (keys beyond 500 bytes last)."""
+        return dict(books.decode_state(value) for _, value in self._entries("state", books.state_prefix(namespace)))
+
+    def dead(self, after: int = 0, limit: int | None = None) -> Iterator[DeadLetter]:
+        """Dead letters with an id above `after`, oldest first."""
+        left = limit
+        while left is None or left > 0:
+            chunk = self._dead_chunk(after, 256 if left is None else min(left, 256))
+            yield from chunk
+            if not chunk:
+                return
+            after = chunk[-1].id
+            left = None if left is None else left - len(chunk)
+
+    def _dead_chunk(self, after: int, size: int) -> list[DeadLetter]:
+        chunk: list[DeadLetter] = []
+        with self._env.reading() as txn, txn.cursor(self._env.dbs["dead"]) as cursor:
+            found = cursor.set_range(layout.seq_key(after + 1))
+            while found and len(chunk) < size:
+                key = bytes(cursor.key())
+                chunk.append(_decode_dead(layout.unguard("dead", key, bytes(cursor.value()))))
+                found = cursor.next()
+        return chunk
+
+    def stats(self) -> dict[str, Any]:
+        """Figures for people and monitors; sizes in bytes, ``bytes_per_event`` includes the index."""
+        tape, info = self._tape(), self._env.env.info()
+        stored = tape.block_bytes + tape.corr_bytes
+        return {
+            "first_seq": self.first_seq(),
+            "last_seq": tape.last_seq,
+            "events": tape.events,
+            "blocks_hot": tape.hot_blocks,
+            "blocks_sealed": tape.sealed_blocks,
+            "block_bytes": tape.block_bytes,
+            "index_bytes": tape.corr_bytes,
+            "raw_bytes": tape.raw_bytes,
+            "bytes_per_event": round(stored / tape.events, 2) if tape.events else 0.0,
+            "bytes_on_disk": (self._env.path / "data.mdb").stat().st_size,
+            "map_size": info["map_size"],
+            "readers": info["num_readers"],
+            "dead_letters": tape.dead,
+        }
+
+    def close(self) -> None:
+        """Give the tape back; a second call does nothing."""
+        if self._environment is not None:
+            environment, self._environment = self._environment, None
+            release(environment)
+
+
+class _Filter:
+    """Which block headers are worth reading further."""
+
+    __slots__ = ("mask", "since", "until")
+
+    def __init__(self, mask: int | None, since: float | None, until: float | None) -> None:
+        self.mask = mask
+        self.since = since
+        self.until = until
+
+    def match(self, header: layout.Header) -> bool:
+        return (
+            (self.mask is None or bool(header.topics & self.mask))
+            and (self.since is None or header.max_time >= self.since)
+            and (self.until is None or header.min_time <= self.until)
+        )

@@ -1,0 +1,207 @@
+"""Upkeep of the tape: sealing small blocks, merging index runs, retention, dead readers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import lmdb
+import zstandard
+from tapebus.blocks import merge_payloads, merge_runs
+from tapebus.store import Block
+
+from tapebus_store import books, layout
+from tapebus_store.environment import Environment
+
+if TYPE_CHECKING:
+    from tapebus_store.writer import StoreConfig
+
+Work = Callable[[lmdb.Transaction, books.TapeRecord], None]
+
+#: So many one-event blocks are merged even before ``seal_events`` is reached: reading them costs.
+MAX_HOT_BLOCKS = 1024
+#: So many runs of level 1 become one of level 2; 10 million events then make about 170 runs.
+MERGE_RUNS = 16
+#: One piece of retention removes at most this many blocks.
+DROP_BLOCKS = 64
+READER_CHECK_S = 10.0
+DAY_S = 86400.0
+
+
+class Upkeep:
+    """Chooses and does one bounded piece of upkeep at a time, on the writer's thread."""
+
+    def __init__(self, environment: Environment, config: StoreConfig) -> None:
+        self._env = environment
+        self._config = config
+        self._checked_at = 0.0
+        self._compress = zstandard.ZstdCompressor(level=3)
+        self._expand = zstandard.ZstdDecompressor()
+
+    def check_readers(self, now: float) -> None:
+        """Free the slots of dead readers, which would keep old pages from being used again."""
+        if abs(now - self._checked_at) >= READER_CHECK_S:
+            self._checked_at = now
+            self._env.env.reader_check()
+
+    def next_piece(self, tape: books.TapeRecord, now: float) -> Work | None:
+        """What is due most, as a transaction body; None when nothing is."""
+        if self._too_much(tape, now):
+            return lambda txn, record: self._drop(txn, record, now)
+        if (
+            tape.hot_events >= self._config.seal_events
+            or tape.hot_raw >= self._config.seal_bytes
+            or tape.hot_blocks >= MAX_HOT_BLOCKS
+        ):
+            return self._seal
+        if tape.runs >= MERGE_RUNS:
+            return self._merge
+        return None
+
+    # -- sealing --------------------------------------------------------------------------------
+
+    def _seal(self, txn: lmdb.Transaction, tape: books.TapeRecord) -> None:
+        """Replace the oldest hot blocks by one sealed block, and their index runs by one run."""
+        blocks, stored = self._oldest_hot(txn, tape)
+        merged = Block(
+            first_seq=blocks[0].first_seq,
+            count=sum(each.count for each in blocks),
+            min_time=min(each.min_time for each in blocks),
+            max_time=max(each.max_time for each in blocks),
+            min_received=min(each.min_received for each in blocks),
+            max_received=max(each.max_received for each in blocks),
+            topics=0,
+            payload=merge_payloads([each.payload for each in blocks]) if len(blocks) > 1 else blocks[0].payload,
+        )
+        for each in blocks:
+            merged.topics |= each.topics
+            txn.delete(layout.seq_key(each.first_seq), db=self._env.dbs["blocks"])
+        value = layout.encode_block(merged, self._compress, layout.SEALED)
+        txn.put(layout.seq_key(merged.first_seq), value, db=self._env.dbs["blocks"])
+        raw = sum(len(each.payload) for each in blocks)
+        tape.block_bytes += len(value) - stored
+        tape.raw_bytes += len(merged.payload) - raw
+        tape.hot_blocks -= len(blocks)
+        tape.hot_events -= merged.count
+        tape.hot_raw -= raw
+        tape.sealed_blocks += 1
+        tape.sealed_to = merged.last_seq
+        tape.runs += self._merge_range(txn, tape, merged.first_seq, merged.last_seq, 1)
+
+    def _oldest_hot(self, txn: lmdb.Transaction, tape: books.TapeRecord) -> tuple[list[Block], int]:
+        """The oldest hot blocks, enough for one sealed block, and their size as stored."""
+        blocks: list[Block] = []
+        events = raw = stored = 0
+        with txn.cursor(self._env.dbs["blocks"]) as cursor:
+            found = cursor.set_range(layout.seq_key(tape.sealed_to + 1))
+            while found:
+                value = cursor.value()
+                header = layout.decode_header(cursor.key(), value)
+                blocks.append(layout.decode_block(header, value[layout.HEADER_SIZE :], self._expand))
+                stored += len(value)
+                events += header.count
+                raw += header.raw_length
+                if (
+                    events >= self._config.seal_events
+                    or raw >= self._config.seal_bytes
+                    or len(blocks) >= MAX_HOT_BLOCKS
+                ):
+                    break
+                found = cursor.next()
+        return blocks, stored
+
+    # -- the correlation index ------------------------------------------------------------------
+
+    def _merge(self, txn: lmdb.Transaction, tape: books.TapeRecord) -> None:
+        """Merge all runs of level 1 into one of level 2."""
+        self._merge_range(txn, tape, tape.merged_to + 1, tape.sealed_to, 2)
+        tape.merged_to, tape.runs = tape.sealed_to, 0
+
+    def _merge_range(self, txn: lmdb.Transaction, tape: books.TapeRecord, first: int, last: int, level: int) -> int:
+        """Merge the runs that begin within `first`..`last`; returns how many are left of them (0 or 1)."""
+        found: list[tuple[bytes, bytes]] = []
+        with txn.cursor(self._env.dbs["corr"]) as cursor:
+            more = cursor.set_range(layout.seq_key(first))
+            while more and layout.key_seq(cursor.key()) <= last:
+                key, value = cursor.key(), cursor.value()
+                found.append((key, layout.decode_run(key, value)))
+                tape.corr_bytes -= len(value)
+                more = cursor.delete() and len(cursor.key()) > 0
+        if not found:
+            return 0
+        key = found[0][0]
+        base = layout.key_seq(key)
+        value = layout.encode_run(key, merge_runs([(run, layout.key_seq(at) - base) for at, run in found]), level)
+        txn.put(key, value, db=self._env.dbs["corr"])
+        tape.corr_bytes += len(value)
+        return 1
+
+    # -- retention ------------------------------------------------------------------------------
+
+    def _too_much(self, tape: books.TapeRecord, now: float) -> bool:
+        """Whether a retention rule is broken by the oldest block. The newest block is always kept."""
+        if tape.hot_blocks + tape.sealed_blocks < 2:
+            return False
+        config = self._config
+        if not (config.max_age_days or config.max_events or config.max_bytes_kept):
+            return False
+        with self._env.reading() as txn, txn.cursor(self._env.dbs["blocks"]) as cursor:
+            if not cursor.first():
+                return False
+            value = cursor.value()
+            return self._breaks(tape, layout.decode_header(cursor.key(), value), len(value), now)
+
+    def _breaks(self, tape: books.TapeRecord, oldest: layout.Header, size: int, now: float) -> bool:
+        """Whether the tape still has too much when it holds `oldest` (stored in `size` bytes).
+
+        Count and bytes are met from above: a block goes only when the rest still reaches the limit
+        or the limit is exceeded with it.
+        """
+        config = self._config
+        if config.max_events and tape.events > config.max_events:
+            return True
+        if config.max_bytes_kept and tape.block_bytes + tape.corr_bytes > config.max_bytes_kept:
+            return True
+        age = min(now, tape.newest) - oldest.max_received
+        return bool(config.max_age_days) and age > config.max_age_days * DAY_S
+
+    def _drop(self, txn: lmdb.Transaction, tape: books.TapeRecord, now: float) -> None:
+        """Remove oldest blocks that break a rule, a bounded number, and index runs wholly before the rest."""
+        kept_from = 0
+        with txn.cursor(self._env.dbs["blocks"]) as cursor:
+            for _ in range(DROP_BLOCKS):
+                if tape.hot_blocks + tape.sealed_blocks < 2 or not cursor.first():
+                    break
+                value = cursor.value()
+                header = layout.decode_header(cursor.key(), value)
+                if not self._breaks(tape, header, len(value), now):
+                    break
+                self._forget(tape, header, len(value))
+                cursor.delete()
+            if cursor.first():
+                kept_from = layout.key_seq(cursor.key())
+        self._drop_runs(txn, tape, kept_from)
+
+    @staticmethod
+    def _forget(tape: books.TapeRecord, header: layout.Header, size: int) -> None:
+        tape.events -= header.count
+        tape.block_bytes -= size
+        tape.raw_bytes -= header.raw_length
+        if header.flags & layout.SEALED:
+            tape.sealed_blocks -= 1
+        else:
+            tape.hot_blocks -= 1
+            tape.hot_events -= header.count
+            tape.hot_raw -= header.raw_length
+
+    def _drop_runs(self, txn: lmdb.Transaction, tape: books.TapeRecord, kept_from: int) -> None:
+        """Remove each run whose successor begins at or before the first kept block."""
+        with txn.cursor(self._env.dbs["corr"]) as cursor:
+            while cursor.first():
+                key, size, level = cursor.key(), len(cursor.value()), layout.run_level(cursor.value())
+                if not cursor.next() or layout.key_seq(cursor.key()) > kept_from:
+                    return
+                txn.delete(key, db=self._env.dbs["corr"])
+                tape.corr_bytes -= size
+                if level == 1:
+                    tape.runs -= 1

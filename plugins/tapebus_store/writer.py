@@ -1,0 +1,256 @@
+"""Writing the tape: one transaction per commit, durable before it returns."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import msgspec
+import zstandard
+from msgspec.structs import replace
+from tapebus.errors import ConfigError, CorruptError, StoreError, StoreFull, TapebusError
+from tapebus.store import Block, Commit, Unit
+
+from tapebus_store import books, layout
+from tapebus_store.environment import MiB, InstanceLock
+from tapebus_store.reader import LmdbReader
+from tapebus_store.upkeep import Upkeep
+
+GiB = 1 << 30
+#: With less room than this an I/O error of a write is taken for a full disk.
+LITTLE_SPACE = 4 * MiB
+
+
+class StoreConfig(msgspec.Struct, forbid_unknown_fields=True):
+    """``[plugins.store]``: sizes in bytes; 0 switches a retention rule off.
+
+    ``max_bytes`` bounds the map (and so the file), ``initial_bytes`` is where it starts. The three
+    retention rules hold together: the oldest blocks go until each of them is met.
+    """
+
+    max_bytes: int = 64 * GiB
+    initial_bytes: int = 256 * MiB
+    max_age_days: float = 0.0
+    max_bytes_kept: int = 0
+    max_events: int = 0
+    max_dead: int = 10_000
+    seal_events: int = 4096
+    seal_bytes: int = 512 * 1024
+
+    def __post_init__(self) -> None:
+        for name in self.__struct_fields__:
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative")
+        if self.initial_bytes < 64 * 1024 or self.max_bytes < self.initial_bytes:
+            raise ValueError("initial_bytes must be at least 65536 and at most max_bytes")
+        if self.seal_events < 1 or self.seal_bytes < 1:
+            raise ValueError("seal_events and seal_bytes must be at least 1")
+
+
+def store_config(config: dict[str, Any]) -> StoreConfig:
+    """`config` as checked settings; raises `ConfigError`."""
+    try:
+        return msgspec.convert(config, StoreConfig)
+    except msgspec.ValidationError as error:
+        names = ", ".join(StoreConfig.__struct_fields__)
+        raise ConfigError(f"plugins.store: {error}; the keys are {names}") from error
+
+
+class LmdbStore(LmdbReader):
+    """The tape of one running bus. Reads from any thread, everything else from one thread only."""
+
+    def __init__(self, data_dir: Path, config: StoreConfig) -> None:
+        self._config = config
+        self._failed: str | None = None
+        self._hot = zstandard.ZstdCompressor(level=1)
+        self._lock = InstanceLock(Path(data_dir))
+        try:
+            super().__init__(data_dir, readonly=False, map_size=config.initial_bytes)
+        except BaseException:
+            self._lock.release()
+            raise
+        try:
+            self._prepare()
+        except BaseException:
+            self.close()
+            raise
+
+    def _prepare(self) -> None:
+        """Check the version, read the tape's record and clear reader slots of dead processes."""
+        self._env.env.reader_check()
+        self._tape_record = books.TapeRecord()
+        with self._env.reading() as txn:
+            version = self._get(txn, "meta", books.VERSION_KEY)
+            record = self._get(txn, "meta", books.TAPE_KEY)
+            with txn.cursor(self._env.dbs["blocks"]) as cursor:
+                newest = layout.decode_header(cursor.key(), cursor.value()).last_seq if cursor.last() else None
+        if version is not None:
+            books.check_version(version, self._env.path)
+        if record is not None:
+            self._tape_record = books.decode_tape(record)
+        if newest is not None and newest != self._tape_record.last_seq:
+            raise CorruptError(
+                f"{self._env.path}: the newest block ends at bus_seq {newest}, the tape's record says "
+                f"{self._tape_record.last_seq}: restore the tape from a backup"
+            )
+        self._upkeep = Upkeep(self._env, self._config)
+        if version is None:
+            self._durably(self._write_version)
+
+    def _write_version(self, txn: lmdb.Transaction, tape: books.TapeRecord) -> None:
+        self._put(txn, "meta", books.VERSION_KEY, books.encode_version())
+
+    # -- the transaction ------------------------------------------------------------------------
+
+    def _durably(self, write: Any, *arguments: Any) -> Any:
+        """Run ``write(txn, tape, *arguments)`` in one transaction and make it durable.
+
+        `tape` is a copy of the tape's record; it is written at the end and kept on success. The map
+        grows as far as allowed; afterwards or on a full disk `StoreFull` is raised and nothing has
+        happened. After any other failure every later call raises `StoreError`: a failed fsync cannot
+        be repeated, the kernel may have thrown the pages away.
+        """
+        self._env.check_process()
+        if self._failed is not None:
+            raise StoreError(f"{self._env.path}: no commit after an earlier failure ({self._failed}): restart the bus")
+        while True:
+            tape = replace(self._tape_record)
+            try:
+                with self._env.env.begin(write=True) as txn:
+                    result = write(txn, tape, *arguments)
+                    self._put(txn, "meta", books.TAPE_KEY, books.encode(tape))
+            except lmdb.MapFullError as error:
+                if not self._env.grow(self._config.max_bytes):
+                    raise StoreFull(
+                        f"{self._env.path}: the tape has reached plugins.store.max_bytes = "
+                        f"{self._config.max_bytes}: raise it or keep less"
+                    ) from error
+                continue
+            except TapebusError:
+                raise
+            except Exception as error:
+                if self._is_full(error):
+                    raise StoreFull(f"{self._env.path}: no space left on the disk: free some") from error
+                self._failed = str(error)
+                raise StoreError(f"{self._env.path}: the commit failed: {error}") from error
+            self._tape_record = tape
+            return result
+
+    def _is_full(self, error: Exception) -> bool:
+        """Whether `error` means no room. LMDB reports a write cut short by a full disk as EIO."""
+        code = getattr(error, "code", None)
+        if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or isinstance(error, lmdb.DiskError):
+            return True
+        if code != errno.EIO:
+            return False
+        space = os.statvfs(self._env.path)
+        if space.f_bavail * space.f_frsize < LITTLE_SPACE:
+            return True
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+        size = (self._env.path / "data.mdb").stat().st_size
+        return limit != resource.RLIM_INFINITY and size + LITTLE_SPACE > limit
+
+    def _put(self, txn: lmdb.Transaction, database: str, key: bytes, value: bytes) -> None:
+        txn.put(key, layout.guard(key, value), db=self._env.dbs[database])
+
+    # -- commit ---------------------------------------------------------------------------------
+
+    def commit(self, commit: Commit) -> None:
+        """Make `commit` durable before returning. ``counters`` replace the stored values of their names.
+
+        Raises `StoreFull` when disk or map are full (nothing was written, try again later) and
+        `StoreError` on an I/O error or for blocks that do not continue the tape.
+        """
+        self._env.check_process()
+        expected = self._tape_record.last_seq + 1
+        for block in commit.blocks:
+            if block.first_seq != expected or block.count < 1:
+                raise StoreError(f"tape: a block at bus_seq {block.first_seq} cannot follow bus_seq {expected - 1}")
+            expected += block.count
+        encoded = [(block, layout.encode_block(block, self._hot)) for block in commit.blocks]
+        self._durably(self._write_commit, commit, encoded)
+
+    def _write_commit(
+        self, txn: lmdb.Transaction, tape: books.TapeRecord, commit: Commit, encoded: list[tuple[Block, bytes]]
+    ) -> None:
+        dbs = self._env.dbs
+        for block, value in encoded:
+            key = layout.seq_key(block.first_seq)
+            txn.put(key, value, db=dbs["blocks"], append=True)
+            if block.corr:
+                run = layout.encode_run(key, block.corr, 0)
+                txn.put(key, run, db=dbs["corr"], append=True)
+                tape.corr_bytes += len(run)
+            tape.last_seq = block.last_seq
+            tape.events += block.count
+            tape.block_bytes += len(value)
+            tape.raw_bytes += len(block.payload)
+            tape.hot_blocks += 1
+            tape.hot_events += block.count
+            tape.hot_raw += len(block.payload)
+            tape.newest = max(tape.newest, block.max_received)
+        for book in commit.producers:
+            self._put(txn, "producers", books.producer_key(book), books.encode(book))
+        for unit in commit.units:
+            self._write_unit(txn, unit)
+        for number, name in commit.topics.items():
+            self._put(txn, "meta", books.TOPIC_PREFIX + str(number).encode(), name.encode())
+        for name, value in commit.counters.items():
+            self._put(txn, "meta", books.COUNTER_PREFIX + name.encode(), str(value).encode())
+        for letter in commit.dead:
+            tape.last_dead += 1
+            tape.dead += 1
+            key = layout.seq_key(tape.last_dead)
+            self._put(txn, "dead", key, books.encode(replace(letter, id=tape.last_dead, raw=letter.raw[: 64 * 1024])))
+        if tape.dead > self._config.max_dead:
+            self._drop_oldest_dead(txn, tape)
+
+    def _write_unit(self, txn: lmdb.Transaction, unit: Unit) -> None:
+        self._put(txn, "cursors", unit.consumer.encode(), books.encode_cursor(unit))
+        for name, value in unit.state.items():
+            key = books.state_key(unit.namespace, name)
+            if value is None:
+                txn.delete(key, db=self._env.dbs["state"])
+            else:
+                self._put(txn, "state", key, books.encode_state(name, value))
+
+    def _drop_oldest_dead(self, txn: lmdb.Transaction, tape: books.TapeRecord) -> None:
+        with txn.cursor(self._env.dbs["dead"]) as cursor:
+            while tape.dead > self._config.max_dead and cursor.first():
+                cursor.delete()
+                tape.dead -= 1
+
+    # -- upkeep ---------------------------------------------------------------------------------
+
+    def maintain(self, now: float) -> bool:
+        """Do one bounded piece of upkeep; True when more waits. `now` is in Unix seconds.
+
+        Age is measured against the newest received event where that is earlier than `now`, so a
+        clock that jumps ahead removes nothing.
+        """
+        self._env.check_process()
+        self._upkeep.check_readers(now)
+        work = self._upkeep.next_piece(self._tape_record, now)
+        if work is None:
+            return False
+        self._durably(work)
+        return self._upkeep.next_piece(self._tape_record, now) is not None
+
+    def purge_dead(self, ids: Iterable[int]) -> int:
+        """Remove dead letters by id; returns how many there were."""
+        return int(self._durably(self._purge, list(ids)))
+
+    def _purge(self, txn: lmdb.Transaction, tape: books.TapeRecord, ids: list[int]) -> int:
+        gone = sum(txn.delete(layout.seq_key(each), db=self._env.dbs["dead"]) for each in ids)
+        tape.dead -= gone
+        return gone
+
+    def close(self) -> None:
+        """Close the tape and release the data directory; a second call does nothing."""
+        super().close()
+        self._lock.release()
