@@ -1,0 +1,430 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+"""The producer's side of acknowledged ingest: a bounded ring of encoded events, and the hot path into it.
+
+The GIL is the only lock. No section of this file releases it and no method of `Outbox` runs Python code
+between reading and writing the ring, so every method is one atomic step for all threads, signal handlers
+and forks. Encoding, which may run user code, comes before the ring is touched.
+"""
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from posix.time cimport CLOCK_REALTIME, clock_gettime, timespec
+from posix.unistd cimport write
+
+import collections.abc
+import datetime
+import os
+
+import msgspec
+
+from tapebus import wire
+from tapebus.events import PRIORITIES, Wire
+
+cdef extern from *:
+    """
+    #include <stddef.h>
+    #include <stdint.h>
+    static uint32_t crc32c_table[256];
+    static int crc32c_hw;
+    static void crc32c_init(void) {
+        for (uint32_t i = 0; i < 256; i++) {
+            uint32_t c = i;
+            for (int k = 0; k < 8; k++) c = (c >> 1) ^ (0x82F63B78u & (0u - (c & 1u)));
+            crc32c_table[i] = c;
+        }
+    #if defined(__x86_64__) && defined(__GNUC__)
+        crc32c_hw = __builtin_cpu_supports("sse4.2");
+    #endif
+    }
+    #if defined(__x86_64__) && defined(__GNUC__)
+    __attribute__((target("sse4.2")))
+    static uint32_t crc32c_sse(uint32_t crc, const unsigned char *p, size_t n) {
+        uint64_t c = crc, word;
+        for (; n >= 8; n -= 8, p += 8) { __builtin_memcpy(&word, p, 8); c = __builtin_ia32_crc32di(c, word); }
+        for (; n; n--) c = __builtin_ia32_crc32qi((uint32_t)c, *p++);
+        return (uint32_t)c;
+    }
+    #endif
+    static uint32_t crc32c_of(const unsigned char *p, size_t n) {
+        uint32_t c = 0xFFFFFFFFu;
+    #if defined(__x86_64__) && defined(__GNUC__)
+        if (crc32c_hw) return crc32c_sse(c, p, n) ^ 0xFFFFFFFFu;
+    #endif
+        while (n--) c = (c >> 8) ^ crc32c_table[(c ^ *p++) & 255];
+        return c ^ 0xFFFFFFFFu;
+    }
+    """
+    void crc32c_init() noexcept
+    uint32_t crc32c_of(const uint8_t *p, size_t n) noexcept
+
+crc32c_init()
+
+cdef enum:
+    ENCODE = 1       # codes of wire.PLACES
+    RING_FULL = 2
+    ABANDONED = 4
+    N_PLACES = 8
+    ARRAY_HEADER = 5
+
+cdef uint64_t NEVER = 0xFFFFFFFFFFFFFFFF
+
+#: The largest event that fits a frame alone, in bytes.
+MAX_EVENT = wire.MAX_FRAME - wire.HEAD.size - wire.S_BATCH.size - ARRAY_HEADER
+cdef Py_ssize_t max_event = MAX_EVENT
+
+
+cdef struct entry_t:
+    uint64_t first   # sequence numbers; first == last for an event
+    uint64_t last
+    uint64_t start   # where the bytes lie in the byte ring
+    uint32_t size
+    uint8_t place    # 0: an event; else the place at which first..last were dropped
+
+
+def crc32c(data not None):
+    """The CRC-32C (Castagnoli) of any bytes-like object."""
+    cdef const uint8_t[::1] view = data
+    if view.shape[0] == 0:
+        return 0
+    return crc32c_of(&view[0], view.shape[0])
+
+
+cdef class Outbox:
+    """Events waiting for the bus, numbered 1, 2, 3 … without holes, in memory allocated once.
+
+    A dropped event takes a number too: it is kept as a range ``(first, last, place)`` that is sent to the
+    bus in its turn. Neighbouring drops at one place share a range; when even the table of entries is full,
+    a drop joins the last range whatever its place, and is counted there.
+    """
+
+    cdef:
+        entry_t *entries
+        uint8_t *ring
+        readonly uint64_t capacity_events
+        readonly uint64_t capacity_bytes
+        uint64_t n_entries          # capacity of the table: one more than events, for the last range
+        uint64_t tail, head         # entries ever freed, entries ever written
+        uint64_t read_at, write_at  # bytes ever freed, bytes ever written, padding at the end included
+        readonly uint64_t next_seq
+        readonly uint64_t published  # events ever given a number or turned away after close
+        readonly uint64_t waiting    # events now in the ring
+        uint64_t dropped[N_PLACES]
+        public uint64_t wake_at      # publish() wakes the sender when it gives out this number or a later one
+
+    def __cinit__(self, uint64_t capacity_events=65536, uint64_t capacity_bytes=16 << 20, uint64_t first_seq=1):
+        if capacity_events < 1 or capacity_bytes < 1 or first_seq < 1:
+            raise ValueError("capacity_events, capacity_bytes and first_seq must be at least 1")
+        self.capacity_events, self.capacity_bytes = capacity_events, capacity_bytes
+        self.n_entries = capacity_events + 1
+        self.entries = <entry_t *>malloc(self.n_entries * sizeof(entry_t))
+        self.ring = <uint8_t *>malloc(capacity_bytes)
+        if self.entries == NULL or self.ring == NULL:
+            raise MemoryError(f"no memory for an outbox of {capacity_bytes} bytes: lower capacity_bytes")
+        self.reset(first_seq)
+
+    def __dealloc__(self):
+        free(self.entries)
+        free(self.ring)
+
+    cpdef void reset(self, uint64_t first_seq=1) except *:
+        """Forget everything, the counters included, and begin again at `first_seq`."""
+        cdef int i
+        self.tail = self.head = self.read_at = self.write_at = 0
+        self.published = self.waiting = 0
+        self.next_seq = self.wake_at = first_seq
+        for i in range(N_PLACES):
+            self.dropped[i] = 0
+
+    cdef inline entry_t *at(self, uint64_t index) noexcept:
+        return &self.entries[index % self.n_entries]
+
+    cdef bint reserve(self, uint64_t size, uint64_t *start) noexcept:
+        """Finds room for `size` bytes in one piece; the rest of the ring's end is skipped if it is too short."""
+        cdef uint64_t offset
+        if not self.waiting:
+            self.read_at = self.write_at = 0
+        offset = self.write_at % self.capacity_bytes
+        start[0] = self.write_at
+        if offset + size > self.capacity_bytes:
+            start[0] += self.capacity_bytes - offset
+        return start[0] + size - self.read_at <= self.capacity_bytes
+
+    cdef uint64_t put(self, const uint8_t *data, uint64_t size) noexcept:
+        cdef uint64_t start, seq
+        cdef entry_t *entry
+        if self.head - self.tail >= self.capacity_events or not self.reserve(size, &start):
+            self.lose(RING_FULL)
+            return 0
+        memcpy(self.ring + start % self.capacity_bytes, data, size)
+        self.write_at = start + size
+        seq = self.next_seq
+        entry = self.at(self.head)
+        entry.first = entry.last = seq
+        entry.start, entry.size, entry.place = start, <uint32_t>size, 0
+        self.head += 1
+        self.next_seq += 1
+        self.published += 1
+        self.waiting += 1
+        return seq
+
+    cdef void lose(self, uint8_t place) noexcept:
+        cdef entry_t *entry = NULL
+        cdef uint64_t used = self.head - self.tail
+        if used:
+            entry = self.at(self.head - 1)
+            # An entry of the table is always left for a range: events use at most capacity_events of them.
+            if not entry.place or (entry.place != place and used < self.capacity_events):
+                entry = NULL
+        if entry == NULL:
+            entry = self.at(self.head)
+            entry.first, entry.place, entry.size, entry.start = self.next_seq, place, 0, self.write_at
+            self.head += 1
+        entry.last = self.next_seq
+        self.dropped[entry.place] += 1
+        self.next_seq += 1
+        self.published += 1
+
+    cpdef uint64_t append(self, bytes event) except? 0:
+        """Keep one encoded event; returns its number, or 0 when there is no room (counted ``client.ring_full``)."""
+        return self.put(<const uint8_t *>PyBytes_AS_STRING(event), PyBytes_GET_SIZE(event))
+
+    cpdef void drop(self, uint8_t place) except *:
+        """Count one event as dropped at `place`, a code of `wire.PLACES`; it uses up a number."""
+        if not 0 < place < N_PLACES:
+            raise ValueError(f"{place} is not a code of wire.PLACES")
+        self.lose(place)
+
+    cdef uint64_t find(self, uint64_t seq) noexcept:
+        """The entry that holds `seq`, or the next one after it; ``head`` when there is none."""
+        cdef uint64_t low = self.tail, high = self.head, middle
+        while low < high:
+            middle = low + (high - low) // 2
+            if self.at(middle).last < seq:
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
+    def gap_at(self, uint64_t seq):
+        """``(seq, last, place)`` when `seq` was dropped, else ``None``."""
+        cdef uint64_t index = self.find(seq)
+        cdef entry_t *entry = self.at(index)
+        if index == self.head or not entry.place or entry.first > seq:
+            return None
+        return seq, entry.last, entry.place
+
+    def build_batch(self, uint64_t from_seq, uint64_t max_events, uint64_t max_bytes):
+        """``(body, n)``: the events from `from_seq` on as a MessagePack array, up to the next dropped range.
+
+        `body` never exceeds `max_bytes`; ``(b"", 0)`` when not even one event fits, or `from_seq` is no event.
+        """
+        cdef uint64_t index = self.find(from_seq), end = index, total = ARRAY_HEADER
+        cdef entry_t *entry
+        cdef uint32_t n
+        cdef uint8_t *out
+        while end < self.head and end - index < max_events:
+            entry = self.at(end)
+            if entry.place or entry.first != from_seq + (end - index) or total + entry.size > max_bytes:
+                break
+            total += entry.size
+            end += 1
+        if end == index:
+            return b"", 0
+        n = <uint32_t>(end - index)
+        body = PyBytes_FromStringAndSize(NULL, total)
+        out = <uint8_t *>PyBytes_AS_STRING(body)
+        out[0], out[1], out[2], out[3], out[4] = 0xDD, n >> 24, (n >> 16) & 255, (n >> 8) & 255, n & 255
+        out += ARRAY_HEADER
+        while index < end:
+            entry = self.at(index)
+            memcpy(out, self.ring + entry.start % self.capacity_bytes, entry.size)
+            out += entry.size
+            index += 1
+        return body, n
+
+    cpdef uint64_t ack(self, uint64_t seq) except? 0:
+        """Free everything up to and including `seq`; returns how many events that were."""
+        cdef uint64_t freed = 0
+        cdef entry_t *entry
+        while self.tail < self.head:
+            entry = self.at(self.tail)
+            if entry.last > seq:
+                if entry.first <= seq:  # part of a dropped range
+                    entry.first = seq + 1
+                break
+            if not entry.place:
+                self.read_at = entry.start + entry.size
+                freed += 1
+            self.tail += 1
+        self.waiting -= freed
+        return freed
+
+    @property
+    def first_pending(self):
+        """The oldest number that is not acknowledged; `next_seq` when there is none."""
+        return self.at(self.tail).first if self.tail < self.head else self.next_seq
+
+    def renumber(self):
+        """Number what is waiting from 1 on, for a bus that does not know this producer's past."""
+        cdef uint64_t index, shift = self.first_pending - 1
+        for index in range(self.tail, self.head):
+            self.at(index).first -= shift
+            self.at(index).last -= shift
+        self.next_seq -= shift
+        self.wake_at = self.next_seq
+
+    def abandon(self):
+        """Drop all that waits, at ``client.exit_abandoned``; dropped ranges stay counted where they were."""
+        self.dropped[ABANDONED] += self.waiting
+        self.waiting = 0
+        self.tail = self.head
+
+    def refuse(self):
+        """Count an event published after the end; it gets no number, as nobody could be told."""
+        self.published += 1
+        self.dropped[ABANDONED] += 1
+
+    def drops(self):
+        """``{place: n}``, places without a loss left out."""
+        return {name: self.dropped[code] for code, name in wire.PLACES.items() if self.dropped[code]}
+
+
+def enc_hook(value):
+    """Plain values for what MessagePack does not know: numpy scalars and arrays, paths, subclasses, mappings."""
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, float):
+        return float.__float__(value)
+    if isinstance(value, int):
+        return int.__int__(value)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, datetime.datetime):
+        return datetime.datetime.combine(datetime.datetime.date(value), datetime.datetime.timetz(value))
+    if isinstance(value, collections.abc.Mapping):
+        return dict(value)
+    if hasattr(value, "tolist"):
+        plain = value.tolist()
+    elif hasattr(value, "item"):
+        plain = value.item()
+    elif isinstance(value, (collections.abc.Sequence, collections.abc.Set, collections.abc.ValuesView)):
+        plain = list(value)
+    else:
+        raise TypeError(f"cannot encode {type(value).__name__}")
+    # Anything else could come back here for ever.
+    if type(plain) not in (bool, int, float, str, bytes, list, datetime.datetime):
+        raise TypeError(f"cannot encode {type(value).__name__}")
+    return plain
+
+
+cdef object encode = msgspec.msgpack.Encoder(enc_hook=enc_hook, decimal_format="number").encode
+cdef object to_builtins = msgspec.to_builtins
+cdef object make_wire = Wire
+cdef object UNSET = msgspec.UNSET
+cdef frozenset priorities = frozenset(PRIORITIES)
+
+
+cdef inline object text_or_none(value):
+    return value if value is None or type(value) is str else str(value)
+
+
+cdef object seconds(value):
+    if value is None:
+        return now()
+    if type(value) is float:
+        return value
+    if isinstance(value, datetime.datetime):
+        return value.timestamp()
+    return float(value)
+
+
+cdef inline double now() noexcept:
+    cdef timespec spec
+    clock_gettime(CLOCK_REALTIME, &spec)
+    return spec.tv_sec + spec.tv_nsec * 1e-9
+
+
+cdef class Emitter:
+    """The hot half of a Publisher: encodes an event into the outbox and wakes the sender when it must."""
+
+    cdef:
+        readonly Outbox outbox
+        readonly str source
+        public int wake_fd      # -1: no sender yet, `_start` is called instead
+        public bint closed
+
+    def __cinit__(self, *args, **kwargs):
+        self.wake_fd = -1
+
+    def _setup(self, str source not None, Outbox outbox not None):
+        self.source, self.outbox = source, outbox
+
+    def _start(self):
+        """Called at the first event; makes whatever drains the outbox."""
+
+    cdef bytes encoded(self, event_type, data, correlation_id, priority, timestamp, causation_id, user_id,
+                       session_id, event_id):
+        if not isinstance(event_type, str) or not 0 < len(event_type) <= 100:
+            return None
+        if type(data) is not dict:
+            data = to_builtins(data, enc_hook=enc_hook)
+            if type(data) is not dict:
+                return None
+        if priority is not None:
+            priority = str(getattr(priority, "value", priority)).lower()
+        body = encode(make_wire(
+            event_type=event_type,
+            timestamp=seconds(timestamp),
+            source=self.source,
+            data=data,
+            correlation_id=text_or_none(correlation_id),
+            user_id=text_or_none(user_id),
+            session_id=text_or_none(session_id),
+            event_id=text_or_none(event_id),
+            causation_id=text_or_none(causation_id),
+            priority=priority if priority in priorities else UNSET,
+        ))
+        return body if len(body) <= max_event else None
+
+    def publish(self, event_type, data, correlation_id=None, priority=None, timestamp=None, causation_id=None,
+                user_id=None, session_id=None, event_id=None):
+        """Hand one event over: ``True`` when it is kept for the bus, ``False`` when it is counted as dropped.
+
+        Never blocks, and raises nothing but `KeyboardInterrupt` and `SystemExit`; safe from any thread.
+        `data` is a map (or a struct, dataclass or mapping, which becomes one) and is not kept. `timestamp`
+        is Unix seconds or a `datetime`, now by default; an unknown `priority` counts as none.
+        """
+        cdef bytes body
+        cdef Outbox box = self.outbox
+        cdef uint64_t seq = 0
+        cdef uint64_t one = 1
+        try:
+            body = self.encoded(event_type, data, correlation_id, priority, timestamp, causation_id, user_id,
+                                session_id, event_id)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:
+            body = None
+        if self.closed:
+            box.refuse()
+            return False
+        if body is None:
+            box.lose(ENCODE)
+        else:
+            seq = box.put(<const uint8_t *>PyBytes_AS_STRING(body), PyBytes_GET_SIZE(body))
+        if box.next_seq > box.wake_at:
+            if self.wake_fd >= 0:
+                # One wake-up is enough: the sender sets the next mark before it sleeps again.
+                box.wake_at = NEVER
+                write(self.wake_fd, &one, sizeof(one))
+            else:
+                try:
+                    self._start()
+                except (KeyboardInterrupt, SystemExit):
+                    raise
+                except BaseException:
+                    # No thread to be had now: try again a little later, the events are kept.
+                    box.wake_at = box.next_seq + 1000
+        return seq != 0
