@@ -23,11 +23,18 @@ from tapebus_slots.table import AccountView, Change, Slot, SlotTable, Snapshot
 
 SUCCESS = frozenset({"success", "filled", "ok", "done", "executed", "open", "opened", "partially_filled"})
 REFUSED = frozenset(
-    "failed rejected reject error insufficient_margin invalid_stops invalid_volume invalid_price hedge_blocked "
+    "failed rejected reject insufficient_margin invalid_stops invalid_volume invalid_price hedge_blocked "
     "max_positions no_money market_closed trade_disabled cancelled canceled".split()
 )
 #: Outcomes nobody knows until the next snapshot.
-DOUBTFUL = frozenset({"timeout", "unknown", "disconnected"})
+DOUBTFUL = frozenset({"timeout", "unknown", "disconnected", "error"})
+#: MT5 return codes that decide where the status is silent, or contradicts it (a timeout may have filled).
+RETCODES = {
+    **dict.fromkeys((10008, 10009, 10010, 10025), "done"),
+    **dict.fromkeys((10011, 10012, -11), "timeout"),
+    **dict.fromkeys((10006, 10007, 10013, 10014, 10015, 10016, 10017, 10018, 10019, 10022, 10026, 10027), "rejected"),
+    **dict.fromkeys((10029, 10030, *range(10032, 10036), 10040, *range(10042, 10047)), "rejected"),
+}
 _TABLE = "table:"
 _SWITCH = "kill_switch"
 #: A tick this much later than the last event means a replay: event time decides, not the wall clock.
@@ -71,8 +78,8 @@ class Engine:
                 data = event.data
                 quotes[data.symbol] = (data.bid, data.ask, event.timestamp)
             else:
-                self.clock = max(self.clock, event.timestamp)
                 handlers[event.event_type](event)
+            self.clock = event.timestamp
 
     def on_signal(self, event: Any) -> None:
         data = event.data
@@ -178,7 +185,7 @@ class Engine:
         balance = _get(data, "balance")
         if balance is not None:
             self._balance(table, uuid, balance, _get(data, "equity"))
-        self._answer(table, event, str(_get(data, "status") or "").lower())
+        self._answer(table, event, _status(data))
 
     def _answer(self, table: SlotTable, event: Any, status: str) -> None:
         """What an answer to a fire says about its slot; FILLED opens it, only CLOSED and refusals free it."""
@@ -241,7 +248,7 @@ class Engine:
             None if positions is None else tuple(_position(each) for each in positions),
             f"snapshot@{event.bus_seq}",
         )
-        changes = table.snapshot(snapshot, self.clock - config.heartbeat_max_age_s, config.snapshot_grace_s)
+        changes = table.snapshot(snapshot, self.clock, config.heartbeat_max_age_s, config.snapshot_grace_s)
         if _get(data, "balance") is not None:
             self._balance(table, account, data.balance, _get(data, "equity"))
         self._publish(table, changes, event)
@@ -345,7 +352,8 @@ class Engine:
         self, table: SlotTable, changes: list[Change] | list[Change | None], cause: Any, now: float | None = None
     ) -> None:
         for change in changes:
-            if change is not None:
+            # A slot whose symbol nobody told yet occupies; it is announced when a snapshot names it.
+            if change is not None and change.slot.symbol:
                 self.context.emit(
                     f"slot_{change.kind}", _payload(table, change), cause=cause, timestamp=now, user_id=table.user_id
                 )
@@ -415,6 +423,13 @@ def _get(data: Any, *names: str) -> Any:
         if value is not None and value is not msgspec.UNSET:
             return value
     return None
+
+
+def _status(data: Any) -> str:
+    """The status of an answer in lower case; a return code decides where there is none or the outcome is open."""
+    status = str(_get(data, "status") or "").lower()
+    by_code = RETCODES.get(_get(data, "retcode") or 0, "")
+    return by_code if by_code and (not status or (status in REFUSED and by_code == "timeout")) else status
 
 
 def _direction(data: Any) -> str:

@@ -192,7 +192,7 @@ def _quote_age(signal: Signal, quote: Quote | None, config: Config) -> Rule:
         return Rule("quote_age", config.max_quote_age_s, None, False, "quote_missing")
     if not _usable(quote):
         return Rule("quote_age", "0 < bid <= ask", [quote.bid, quote.ask], False, "quote_crossed")
-    age = max(0.0, signal.at - quote.at)
+    age = abs(signal.at - quote.at)
     return Rule("quote_age", config.max_quote_age_s, age, age <= config.max_quote_age_s, "quote_stale")
 
 
@@ -213,7 +213,7 @@ def _heartbeat(signal: Signal, account: Account | None, config: Config) -> Rule:
     seen = None if account is None else account.heartbeat_at
     if seen is None:
         return Rule("heartbeat_age", config.heartbeat_max_age_s, None, True, "heartbeat_stale")
-    age = max(0.0, signal.at - seen)
+    age = abs(signal.at - seen)
     return Rule("heartbeat_age", config.heartbeat_max_age_s, age, age <= config.heartbeat_max_age_s, "heartbeat_stale")
 
 

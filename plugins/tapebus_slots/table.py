@@ -191,14 +191,19 @@ class SlotTable(Struct):
 
     # -- snapshots ------------------------------------------------------------------------------
 
-    def snapshot(self, snapshot: Snapshot, fresh_after: float, grace: float) -> list[Change]:
-        """Take over a heartbeat. An incomplete one may only raise the count, never release.
+    def snapshot(self, snapshot: Snapshot, now: float, max_age: float, grace: float) -> list[Change]:
+        """Take over a heartbeat. An incomplete one may only change the count, never release.
 
-        `fresh_after`: a snapshot older than this event time is no evidence; `grace`: seconds a
-        position must be older than the snapshot before its absence means anything.
+        One more than `max_age` seconds behind `now` (the time of the event before it) or not newer
+        than the last one is no evidence; `grace`: seconds a position must be older than the snapshot
+        before its absence means anything.
         """
-        view = self.accounts.setdefault(snapshot.account, AccountView())
-        if snapshot.at < fresh_after or (view.heartbeat_at is not None and snapshot.at <= view.heartbeat_at):
+        if snapshot.account not in self.accounts:
+            self.accounts[snapshot.account] = self.accounts.pop("", AccountView())
+        view = self.accounts[snapshot.account]
+        if view.heartbeat_at is not None and view.heartbeat_at > now + max_age:
+            view.heartbeat_at = None  # stamped by a clock that was ahead: it must not mute the heartbeats after it
+        if snapshot.at < now - max_age or (view.heartbeat_at is not None and snapshot.at <= view.heartbeat_at):
             return []
         before, view.heartbeat_at = view.count, snapshot.at
         view.count = max(snapshot.count or 0, len(snapshot.positions or ())) if snapshot.count is not None else before
@@ -227,7 +232,7 @@ class SlotTable(Struct):
 
     def _seen(self, slot: Slot, position: Position, snapshot: Snapshot) -> list[Change]:
         slot.account = snapshot.account
-        waiting = slot.state in ("RESERVED", "UNKNOWN")
+        waiting = slot.state in ("RESERVED", "UNKNOWN") or not slot.symbol
         known = slot.ticket is not None
         slot.ticket = position.ticket
         slot.position_id = position.position_id if position.position_id is not None else slot.position_id
