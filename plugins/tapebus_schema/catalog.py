@@ -32,20 +32,17 @@ _COMMON: dict[str, tuple[str, ...]] = {
     "timestamp": ("ts",),
     "account_number": ("login", "account"),
 }
-#: Spellings inside the positions of a snapshot.
-_NESTED: dict[type[Struct], dict[str, str]] = {
+#: Spellings inside lists, for required fields only: those fail the first try, which is what brings on the second.
+NESTED: dict[type[Struct], dict[str, str]] = {
     trading.Position: spellings(
         {
             "direction": ("type",),
             "volume": ("lots", "lot", "lot_size"),
             "symbol": ("pair",),
             "open_price": ("entry_price", "entry", "price_open", "price"),
-            "position_id": ("identifier",),
-            "current_price": ("price_current",),
-            "pnl": ("profit",),
         }
     ),
-    virtuoso.Trade: spellings({"size": ("amount", "qty", "quantity"), "trade_id": ("id",), "timestamp": ("ts",)}),
+    virtuoso.Trade: spellings({"size": ("amount", "qty", "quantity")}),
 }
 
 
@@ -59,7 +56,7 @@ def _type(
     **extra: tuple[str, ...],
 ) -> EventType:
     """One event type; `extra` adds spellings by canonical field to the common ones."""
-    fields = {field.name for field in msgspec.structs.fields(payload)}
+    fields = [field.name for field in msgspec.structs.fields(payload)]
     groups = {field: _COMMON.get(field, ()) + extra.get(field, ()) for field in fields}
     aliases = {alias: field for alias, field in spellings(groups).items() if alias not in fields}
     return EventType(
@@ -67,7 +64,7 @@ def _type(
         payload=payload,
         aliases=aliases,
         check=check,
-        prepare=Prepare(payload, aliases, _NESTED, broker_offset),
+        prepare=Prepare(payload, aliases, NESTED, broker_offset),
         policy=policy,
         doc=(payload.__doc__ or "").strip().split("\n")[0],
     )

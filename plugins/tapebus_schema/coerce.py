@@ -26,9 +26,35 @@ _PREFIX = re.compile(r"^(ORDER_TYPE_|POSITION_TYPE_|DEAL_TYPE_|SIGNALTYPE\.|DIRE
 
 #: What terminals write into ``type`` when it names the message and not the direction.
 _MESSAGES = frozenset(
-    "tick fire confirmation heartbeat heartbeat_metrics position_closed hybrid_event handshake ping pong "
-    "close_ticket close_all wake signal signal_snapshot disconnect".split()
+    [
+        "tick",
+        "fire",
+        "confirmation",
+        "heartbeat",
+        "heartbeat_metrics",
+        "position_closed",
+        "hybrid_event",
+        "handshake",
+        "disconnect",
+        "ping",
+        "pong",
+        "close_ticket",
+        "close_all",
+        "wake",
+        "signal",
+        "signal_snapshot",
+        "pattern",
+        "trade",
+        "trade_executed",
+        "trade_confirmed",
+        "fire_command",
+        "signal_generated",
+        "pattern_detected",
+    ]
 )
+#: Fields that say when something happened; only these may be replaced by ``broker_time``. A signal must
+#: not lose its expiry that way.
+_OCCURRED = frozenset(("timestamp", "execution_time", "open_time"))
 
 Coercion = Callable[[Any], Any]
 
@@ -158,11 +184,12 @@ class Prepare:
         value = out[name]
         if not isinstance(value, str) or not _BROKER.fullmatch(value) or broker_seconds(value, 0) is None:
             return
-        if self.keeps_broker_time:
+        keeps = self.keeps_broker_time and name in _OCCURRED
+        if keeps:
             out.setdefault("broker_time", value)
         if self.broker_offset is not None:
             out[name] = broker_seconds(value, self.broker_offset)
-        elif self.keeps_broker_time:
+        elif keeps:
             del out[name]
 
     def _coercion(self, kind: inspect.Type, nested: Mapping[type[Struct], Mapping[str, str]]) -> Coercion | None:
@@ -227,5 +254,3 @@ def _each_value(coerce: Coercion, values: Any) -> Any:
 def spellings(groups: Mapping[str, Iterable[str]]) -> dict[str, str]:
     """``{canonical: [aliases]}`` turned into ``{alias: canonical}``."""
     return {alias: name for name, aliases in groups.items() for alias in aliases}
-
-

@@ -13,6 +13,8 @@ from msgspec import Meta
 Symbol = Annotated[str, Meta(min_length=1, max_length=16)]
 Name = Annotated[str, Meta(min_length=1, max_length=100)]
 Id = Annotated[str, Meta(min_length=1, max_length=200)]
+#: An id that may be empty, as terminals write it for positions opened by hand.
+LooseId = Annotated[str, Meta(max_length=200)]
 #: A state or reason code, upper or lower case as the producer writes it.
 Code = Annotated[str, Meta(max_length=100)]
 #: A sentence for people.

@@ -8,7 +8,8 @@ import msgspec
 
 from tapebus.errors import UsageError
 from tapebus.events import ENVELOPE_KEYS, EventType
-from tapebus_schema.catalog import default_types, nearest
+from tapebus_schema.catalog import NESTED, default_types, nearest
+from tapebus_schema.examples import EXAMPLES
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _REQUIRED = ("event_type", "timestamp", "source", "data")
@@ -37,7 +38,11 @@ def json_schemas() -> dict[str, dict[str, Any]]:
 def _schema(event_type: EventType) -> dict[str, Any]:
     _, components = msgspec.json.schema_components([event_type.payload], ref_template="#/$defs/{name}")
     name = event_type.payload.__name__
+    components[name]["examples"] = [EXAMPLES[event_type.name]]
     components[name] = _with_aliases(components[name], event_type.aliases)
+    for nested, aliases in NESTED.items():
+        if nested.__name__ in components:
+            components[nested.__name__] = _with_aliases(components[nested.__name__], aliases)
     text = {"anyOf": [{"type": "string", "maxLength": 200}, {"type": "null"}], "default": None}
     properties: dict[str, Any] = {key: text for key in ENVELOPE_KEYS}
     properties["event_type"] = {"const": event_type.name}

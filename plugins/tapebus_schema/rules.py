@@ -6,6 +6,7 @@ for "at market" and "no level" counts as absent.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 #: Seconds by which a duration may differ from the difference of its two times (rounding of producers).
@@ -89,6 +90,6 @@ def pattern(event: Any) -> str | None:
     if data.wins > data.n:
         return f"wins {data.wins} exceed n {data.n}"
     known = [figure for figure in (data.low, data.win_rate, data.high) if figure is not None]
-    if any(left > right for left, right in zip(known, known[1:], strict=False)):
+    if any(left > right for left, right in pairwise(known)):
         return f"needs low <= win_rate <= high, got {data.low}, {data.win_rate}, {data.high}"
     return None

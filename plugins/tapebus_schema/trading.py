@@ -14,6 +14,7 @@ from tapebus_schema.fields import (
     Id,
     Integer,
     Level,
+    LooseId,
     Lots,
     Money,
     Name,
@@ -181,11 +182,12 @@ class Position(Struct, frozen=True, gc=False, omit_defaults=True, kw_only=True):
     open_price: Level
     volume: Lots
     position_id: Count | None = None
-    fire_id: Code | None = None
+    fire_id: LooseId | None = None
     current_price: Level | None = None
     pnl: Money | None = None
     magic: Integer | None = None
     open_time: Time | None = None
+    broker_time: BrokerTime | None = None
 
 
 class EaHeartbeat(Struct, frozen=True, gc=False, omit_defaults=True, kw_only=True):
@@ -223,6 +225,6 @@ class PositionClosed(Struct, frozen=True, gc=False, omit_defaults=True, kw_only=
     reason: Code
     target_uuid: Id
     position_id: Count | None = None
-    fire_id: Code | None = None
+    fire_id: LooseId | None = None
     timestamp: Time | None = None
     broker_time: BrokerTime | None = None
