@@ -1,0 +1,743 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+"""The ingest thread: receives frames without the GIL, answers producers, never stops polling.
+
+libzmq's functions are taken from the library that pyzmq itself loaded, so there is no second copy and
+no build dependency; the sockets are made and configured by pyzmq and used here only.
+"""
+
+import ctypes
+import time
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from libc.errno cimport EAGAIN, EINTR, errno
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
+from libc.stdio cimport snprintf
+from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memcpy
+from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
+from posix.unistd cimport read
+
+from tapebus._blocks cimport crc32c_update
+from tapebus._ring cimport (
+    FRAME, GAP, REJECT, Ring, bell_ring, close_fn, entry_t, mail_t, msg_t, producer_t, tb_add, tb_load, tb_store,
+)
+from tapebus._scan cimport item_t, items_t, scan_frame
+
+import msgspec
+import zmq
+from zmq.backend.cython import _zmq
+
+from tapebus import wire
+from tapebus._scan import REASONS as SCAN_REASONS
+
+ctypedef int (*init_fn)(msg_t *) noexcept nogil
+ctypedef int (*recv_fn)(msg_t *, void *, int) noexcept nogil
+ctypedef void *(*data_fn)(msg_t *) noexcept nogil
+ctypedef size_t (*size_fn)(msg_t *) noexcept nogil
+ctypedef int (*more_fn)(const msg_t *) noexcept nogil
+ctypedef int (*send_fn)(void *, const void *, size_t, int) noexcept nogil
+
+cdef struct pollitem_t:
+    void *socket
+    int fd
+    short events
+    short revents
+
+ctypedef int (*poll_fn)(pollitem_t *, int, long) noexcept nogil
+
+cdef enum:
+    DONTWAIT = 1
+    SNDMORE = 2
+    POLL_IN = 1
+    BURST = 512           # frames taken from one socket before the others get their turn
+    MAX_SOCKETS = 64
+    MAX_SESSIONS = 65536
+
+    # the wire, see wire.py
+    W_HELLO = 1
+    W_BATCH = 2
+    W_GAP = 3
+    W_PING = 4
+    W_BYE = 5
+    W_WELCOME = 16
+    W_ACK = 17
+    W_NACK = 18
+    W_PONG = 19
+    W_VERSION = 1
+    NACK_SEQUENCE = 1
+    NACK_BUSY = 2
+    NACK_UNKNOWN = 3
+    NACK_CRC = 4
+    HEAD = 28
+    BATCH_HEAD = 52       # HEAD + S_BATCH
+    MALFORMED = 1         # code of ingest.malformed
+
+    STALL_US = 1000000    # a tape that stands still this long makes fire-and-forget frames be shed
+
+_library = ctypes.CDLL(_zmq.__file__)
+
+
+cdef uintptr_t _address(str name) except 0:
+    return ctypes.cast(getattr(_library, name), ctypes.c_void_p).value
+
+cdef init_fn msg_init = <init_fn>_address("zmq_msg_init")
+cdef recv_fn msg_recv = <recv_fn>_address("zmq_msg_recv")
+cdef data_fn msg_data = <data_fn>_address("zmq_msg_data")
+cdef size_fn msg_size = <size_fn>_address("zmq_msg_size")
+cdef more_fn msg_more = <more_fn>_address("zmq_msg_more")
+cdef close_fn msg_close = <close_fn>_address("zmq_msg_close")
+cdef send_fn zmq_send = <send_fn>_address("zmq_send")
+cdef poll_fn zmq_poll = <poll_fn>_address("zmq_poll")
+
+
+cdef int64_t now_us() noexcept nogil:
+    cdef timespec t
+    clock_gettime(CLOCK_REALTIME, &t)
+    return <int64_t>t.tv_sec * 1000000 + t.tv_nsec // 1000
+
+
+cdef int64_t monotonic_us() noexcept nogil:
+    cdef timespec t
+    clock_gettime(CLOCK_MONOTONIC, &t)
+    return <int64_t>t.tv_sec * 1000000 + t.tv_nsec // 1000
+
+
+cdef inline uint64_t get64(const uint8_t *p) noexcept nogil:
+    cdef uint64_t v
+    memcpy(&v, p, 8)
+    return v
+
+
+cdef inline uint32_t get32(const uint8_t *p) noexcept nogil:
+    cdef uint32_t v
+    memcpy(&v, p, 4)
+    return v
+
+# A socket the thread reads. `prefix` (malloc'ed) turns a bare payload into an event: for JSON the text
+# before and after the timestamp, for MessagePack the bytes before it.
+cdef struct source_t:
+    void *socket
+    uint32_t producer
+    uint8_t router
+    uint8_t wrap
+    char json[512]
+    char pack[512]
+    int pack_size
+
+# A connected producer: which socket and routing id lead to it, and what it was last told.
+cdef struct session_t:
+    uint64_t route        # socket index << 32 | routing id
+    uint32_t producer
+    uint32_t told_credit
+    int64_t told_durable
+    int64_t seen_us
+    uint8_t owes_ack
+
+
+cdef class Ingest:
+    """Owns its sockets from `run` until `run` returns. Everything else is called before, or with the GIL."""
+
+    cdef:
+        Ring ring
+        source_t *sources
+        session_t *sessions
+        int n_sources
+        int n_sessions
+        items_t items
+        int64_t stopping
+        int64_t stop_reading
+        int64_t store_full
+        int64_t tail_seen
+        int64_t tail_seen_us
+        uint32_t max_frame
+        uint32_t max_events
+        uint64_t instance
+        uint8_t durable
+        readonly uint64_t malformed
+        readonly uint64_t oversize
+        readonly uint64_t shed
+        readonly uint64_t batches
+        public object samples          # callable(frame: bytes, reason: str), called with the GIL
+        dict rejects                   # session producer -> ranges not yet told
+        int n_rejects
+        readonly list keep             # pyzmq sockets, kept alive
+
+    def __cinit__(self, Ring ring not None, uint64_t instance, bint durable=True,
+                  uint32_t max_frame=256 << 10, uint32_t max_events=4096):
+        self.ring = ring
+        ring.msg_close = msg_close
+        self.instance = instance
+        self.durable = durable
+        self.max_frame = max_frame
+        self.max_events = max_events
+        self.sources = <source_t *>calloc(MAX_SOCKETS, sizeof(source_t))
+        self.sessions = <session_t *>calloc(MAX_SESSIONS, sizeof(session_t))
+        if self.sources == NULL or self.sessions == NULL:
+            raise MemoryError
+        self.rejects = {}
+        self.keep = []
+
+    def __dealloc__(self):
+        free(self.sources)
+        free(self.sessions)
+        free(self.items.v)
+
+    def add(self, socket, uint32_t producer=0, bint router=False, str event_type="", str source=""):
+        """Read `socket` (a bound or connected pyzmq socket); with `event_type`, wrap its bare payloads."""
+        cdef source_t *s
+        cdef bytes text
+        if self.n_sources >= MAX_SOCKETS:
+            raise ValueError(f"at most {MAX_SOCKETS} sockets can be read")
+        s = &self.sources[self.n_sources]
+        s.socket = <void *><uintptr_t>socket.underlying
+        s.producer = producer
+        s.router = router
+        if event_type:
+            text = b'{"event_type":%b,"source":%b,"timestamp":%%.6f,"data":' % (
+                msgspec.json.encode(event_type).replace(b"%", b"%%"),
+                msgspec.json.encode(source).replace(b"%", b"%%"),
+            )
+            if len(text) >= 480:
+                raise ValueError("source and topic are too long")
+            memcpy(s.json, PyBytes_AS_STRING(text), len(text) + 1)
+            text = msgspec.msgpack.encode({"event_type": event_type, "source": source, "timestamp": 0.5})
+            text = b"\x84" + text[1:len(text) - 8]
+            memcpy(s.pack, PyBytes_AS_STRING(text), len(text))
+            s.pack_size = len(text)
+            s.wrap = 1
+        self.keep.append(socket)
+        self.n_sources += 1
+
+    def set_store_full(self, bint full):
+        """Close or open the credit of every producer; called by the tape thread."""
+        cdef uint64_t one = 1
+        tb_store(&self.store_full, full)
+        self.ring.acknowledge([])
+
+    def stop_reading_events(self):
+        """Read no further events, but go on acknowledging what was read: the first half of a stop."""
+        tb_store(&self.stop_reading, 1)
+        self.ring.acknowledge([])
+
+    def stop(self):
+        """Say goodbye to all producers and let `run` return."""
+        tb_store(&self.stopping, 1)
+        self.ring.acknowledge([])
+
+    @property
+    def mail_waiting(self):
+        return tb_load(&self.ring.mail_count)
+
+    # -- the loop -------------------------------------------------------------------------------
+
+    def run(self):
+        """Receive until `stop`. Returns only then; no exception leaves the loop for a producer's mistake."""
+        cdef pollitem_t polls[MAX_SOCKETS + 1]
+        cdef int i, n
+        cdef long timeout
+        cdef uint64_t count
+        cdef bint held = False
+        with nogil:
+            while not tb_load(&self.stopping):
+                polls[0].socket = NULL
+                polls[0].fd = self.ring.ingest_bell.fd
+                polls[0].events = POLL_IN
+                polls[0].revents = 0
+                n = 1
+                held = not self.ring.has_room(self.max_frame) and not self.stalled()
+                if not tb_load(&self.stop_reading) and not held:
+                    for i in range(self.n_sources):
+                        polls[n].socket = self.sources[i].socket
+                        polls[n].fd = 0
+                        polls[n].events = POLL_IN
+                        polls[n].revents = 0
+                        n += 1
+                # a full ring empties within a commit; a tape that stands still is noticed by the timeout
+                timeout = 2 if held else -1
+                if zmq_poll(polls, n, timeout) < 0 and errno != EINTR:
+                    break
+                if polls[0].revents:
+                    read(self.ring.ingest_bell.fd, &count, 8)
+                self.empty_mailbox()
+                for i in range(1, n):
+                    if polls[i].revents & POLL_IN:
+                        if self.sources[i - 1].router:
+                            self.read_router(i - 1)
+                        else:
+                            self.read_frames(&self.sources[i - 1])
+                self.send_acks()
+            self.empty_mailbox()
+            self.send_acks()
+            self.say_goodbye()
+
+    cdef bint stalled(self) noexcept nogil:
+        """Whether the ring is full and the tape has not moved for a second."""
+        cdef int64_t tail = tb_load(&self.ring.tail)
+        cdef int64_t now = monotonic_us()
+        if self.ring.has_room(self.max_frame) or tail != self.tail_seen or self.tail_seen_us == 0:
+            self.tail_seen = tail
+            self.tail_seen_us = now
+            return False
+        return now - self.tail_seen_us > STALL_US
+
+    cdef void empty_mailbox(self) noexcept nogil:
+        cdef mail_t *mail
+        cdef mail_t *following
+        cdef entry_t *entry
+        cdef entry_t spare
+        cdef int n
+        if tb_load(&self.ring.mail_count) == 0:
+            return
+        mail = self.ring.take_mail()
+        while mail != NULL:
+            following = mail.next
+            entry = self.ring.claim(0)
+            while entry == NULL:
+                # derived events may not be shed: wait for the tape, which owns the next move
+                zmq_poll(NULL, 0, 1)
+                entry = self.ring.claim(0)
+            entry.owned = mail.data
+            entry.data = <uint8_t *>mail.data
+            entry.unit = mail.unit
+            entry.producer = mail.producer
+            entry.received_us = now_us()
+            entry.kind = FRAME
+            entry.items = &entry.one
+            if mail.size:
+                n = scan_frame(self.ring.topics, entry.data, mail.size, &self.items, 0x7fffffff)
+                if n > 0 and self.take_items(entry, 0):
+                    entry.size = <uint32_t>mail.size
+                else:
+                    self.malformed += 1
+            self.ring.publish(entry)
+            tb_add(&self.ring.mail_count, -1)
+            free(mail)
+            mail = following
+
+    cdef bint take_items(self, entry_t *entry, uint32_t skip) noexcept nogil:
+        """Give `entry` the scanned items from number `skip` on."""
+        cdef uint32_t n = self.items.n - skip
+        if n == 1:
+            entry.one = self.items.v[skip]
+            entry.items = &entry.one
+        else:
+            entry.items = <item_t *>malloc(n * sizeof(item_t))
+            if entry.items == NULL:
+                entry.items = &entry.one
+                return False
+            memcpy(entry.items, self.items.v + skip, n * sizeof(item_t))
+        entry.n = n
+        return True
+
+    # -- fire and forget ------------------------------------------------------------------------
+
+    cdef void read_frames(self, source_t *source) noexcept nogil:
+        cdef entry_t *entry
+        cdef msg_t message
+        cdef int i, n
+        cdef bint shedding = False
+        for i in range(BURST):
+            if not self.ring.has_room(self.max_frame):
+                # wait for the tape, unless it stands still: a blocked PUSH.send would hang a trading process
+                shedding = self.stalled()
+                if not shedding:
+                    return
+            msg_init(&message)
+            if msg_recv(&message, source.socket, DONTWAIT) < 0:
+                msg_close(&message)
+                return
+            # a topic part comes before the payload: the last part is the frame
+            while msg_more(&message):
+                if msg_recv(&message, source.socket, 0) < 0:
+                    msg_close(&message)
+                    return
+            entry = NULL if shedding else self.ring.claim(0)
+            if entry == NULL:
+                self.shed += 1
+                msg_close(&message)
+                continue
+            entry.producer = source.producer
+            entry.received_us = now_us()
+            entry.kind = FRAME
+            entry.msg = message
+            entry.has_msg = 1
+            entry.data = <uint8_t *>msg_data(&entry.msg)
+            entry.size = <uint32_t>min(msg_size(&entry.msg), <size_t>0xffffffffu)
+            if entry.size > self.max_frame:
+                self.oversize += 1
+                self.sample(entry.data, entry.size, b"oversize")
+                self.ring.release(entry)
+                continue
+            if source.wrap and not self.wrap(source, entry):
+                n = -2
+            else:
+                n = scan_frame(self.ring.topics, entry.data, entry.size, &self.items, self.max_events)
+            if n > 0 and self.take_items(entry, 0):
+                self.ring.publish(entry)
+            else:
+                self.malformed += 1
+                self.sample_scan(entry.data, entry.size, n)
+                self.ring.release(entry)
+
+    cdef bint wrap(self, source_t *source, entry_t *entry) noexcept nogil:
+        """Make an event of a bare payload; a payload that is an event already is left alone."""
+        cdef uint8_t *p = entry.data
+        cdef uint8_t *end = p + entry.size
+        cdef uint8_t *made
+        cdef double now = entry.received_us / 1e6
+        cdef uint64_t bits
+        cdef int size, i
+        if scan_frame(self.ring.topics, p, entry.size, &self.items, self.max_events) > 0:
+            return True
+        if entry.size and (p[0] & 0xf0) == 0x80 or p < end and (p[0] == 0xde or p[0] == 0xdf):
+            size = source.pack_size + 8 + 5 + entry.size
+            made = <uint8_t *>malloc(size)
+            if made == NULL:
+                return False
+            memcpy(made, source.pack, source.pack_size)
+            memcpy(&bits, &now, 8)
+            for i in range(8):
+                made[source.pack_size + i] = <uint8_t>(bits >> (56 - 8 * i))
+            i = source.pack_size + 8
+            memcpy(made + i, b"\xa4data", 5)
+            memcpy(made + i + 5, p, entry.size)
+        else:
+            # some publishers put "TOPIC {json}" into one part
+            while p < end and p[0] != 123:
+                p += 1
+            if p == end:
+                return False
+            made = <uint8_t *>malloc(600 + (end - p))
+            if made == NULL:
+                return False
+            size = snprintf(<char *>made, 590, source.json, now)
+            memcpy(made + size, p, end - p)
+            size += end - p
+            made[size] = 125
+            size += 1
+        msg_close(&entry.msg)
+        entry.has_msg = 0
+        entry.owned = made
+        entry.data = made
+        entry.size = size
+        return True
+
+    cdef void sample_scan(self, const uint8_t *data, size_t size, int error) noexcept nogil:
+        with gil:
+            self._sample(data, size, SCAN_REASONS.get(error, "not an event"))
+
+    cdef void sample(self, const uint8_t *data, size_t size, const char *reason) noexcept nogil:
+        with gil:
+            self._sample(data, size, reason.decode())
+
+    cdef void _sample(self, const uint8_t *data, size_t size, reason) noexcept:
+        try:
+            if self.samples is not None:
+                self.samples(PyBytes_FromStringAndSize(<char *>data, min(size, <size_t>65536)), reason)
+        except BaseException:
+            self.samples = None
+
+    # -- acknowledged ---------------------------------------------------------------------------
+
+    cdef void read_router(self, int index) noexcept nogil:
+        cdef source_t *source = &self.sources[index]
+        cdef msg_t identity, message
+        cdef int i
+        cdef bint more
+        cdef uint64_t route
+        for i in range(BURST):
+            msg_init(&identity)
+            if msg_recv(&identity, source.socket, DONTWAIT) < 0:
+                msg_close(&identity)
+                return
+            route = 0
+            if msg_size(&identity) == 5 and (<uint8_t *>msg_data(&identity))[0] == 0:
+                route = (<uint64_t>index << 32) | get32(<uint8_t *>msg_data(&identity) + 1)
+            more = msg_more(&identity)
+            msg_close(&identity)
+            msg_init(&message)
+            if more:
+                msg_recv(&message, source.socket, 0)
+                if msg_more(&message):
+                    # one frame per message, so that MAXMSGSIZE bounds it: the rest is somebody else's protocol
+                    while msg_more(&message) and msg_recv(&message, source.socket, 0) >= 0:
+                        pass
+                    route = 0
+            if route and self.handle(route, &message):
+                continue      # the ring owns the message now
+            msg_close(&message)
+
+    cdef session_t *session_at(self, uint64_t route) noexcept nogil:
+        cdef int i
+        for i in range(self.n_sessions):
+            if self.sessions[i].route == route:
+                return &self.sessions[i]
+        return NULL
+
+    cdef bint handle(self, uint64_t route, msg_t *message) noexcept nogil:
+        """Act on one protocol frame; True when the ring took the message over."""
+        cdef uint8_t *p = <uint8_t *>msg_data(message)
+        cdef size_t size = msg_size(message)
+        cdef session_t *session
+        cdef producer_t *account
+        cdef uint8_t kind
+        if size < HEAD:
+            self.malformed += 1
+            self.sample(p, size, b"shorter than a protocol header")
+            return False
+        kind = p[0]
+        if kind == W_HELLO:
+            with gil:
+                self._hello(route, p, size)
+            return False
+        session = self.session_at(route)
+        if session == NULL:
+            self.nack(route, p, 0, NACK_UNKNOWN)
+            return False
+        session.seen_us = monotonic_us()
+        account = self.ring.producers[session.producer]
+        if kind == W_BATCH and size >= BATCH_HEAD:
+            return self.batch(session, account, message, p, size)
+        if kind == W_GAP and size >= HEAD + 25:
+            self.gap(session, account, p)
+        elif kind == W_PING and size >= HEAD + 8:
+            self.raise_highest(account, get64(p + HEAD))
+            self.reply(route, p, W_PONG, NULL, 0)
+        elif kind == W_BYE:
+            session.route = 0
+            self.n_sessions -= 1
+            session[0] = self.sessions[self.n_sessions]
+        else:
+            self.nack(route, p, account.accepted + 1, NACK_UNKNOWN)
+        return False
+
+    cdef void raise_highest(self, producer_t *account, uint64_t highest) noexcept nogil:
+        if <int64_t>highest > tb_load(&account.highest):
+            tb_store(&account.highest, <int64_t>highest)
+
+    cdef bint batch(self, session_t *session, producer_t *account, msg_t *message, uint8_t *p, size_t size) noexcept nogil:
+        cdef uint64_t base = get64(p + HEAD)
+        cdef uint32_t count = get32(p + HEAD + 8)
+        cdef uint32_t skip
+        cdef entry_t *entry
+        cdef int n
+        if tb_load(&self.stop_reading):
+            return False
+        self.batches += 1
+        self.raise_highest(account, get64(p + HEAD + 16))
+        if base > account.accepted + 1 or count == 0 or base == 0:
+            self.nack(session.route, p, account.accepted + 1, NACK_SEQUENCE)
+            return False
+        if base + count - 1 <= account.accepted:
+            session.owes_ack = 1
+            return False
+        if crc32c_update(0, p + BATCH_HEAD, size - BATCH_HEAD) != get32(p + HEAD + 12):
+            self.nack(session.route, p, account.accepted + 1, NACK_CRC)
+            return False
+        entry = self.ring.claim(size)
+        if entry == NULL:
+            self.nack(session.route, p, account.accepted + 1, NACK_BUSY)
+            return False
+        skip = <uint32_t>(account.accepted + 1 - base)
+        n = scan_frame(self.ring.topics, p + BATCH_HEAD, size - BATCH_HEAD, &self.items, self.max_events)
+        entry.producer = session.producer
+        entry.producer_seq = base + count - 1
+        entry.received_us = now_us()
+        entry.items = &entry.one
+        if n != <int>count or not self.take_items(entry, skip):
+            entry.kind = REJECT
+            entry.code = MALFORMED
+            entry.count = count - skip
+            self.malformed += 1
+            self.sample_scan(p + BATCH_HEAD, size - BATCH_HEAD, n)
+            with gil:
+                self._refuse(session.producer, account.accepted + 1, base + count - 1, MALFORMED)
+            account.accepted = entry.producer_seq
+            self.ring.publish(entry)
+            return False
+        entry.kind = FRAME
+        entry.msg = message[0]
+        entry.has_msg = 1
+        entry.data = <uint8_t *>msg_data(&entry.msg) + BATCH_HEAD
+        entry.size = <uint32_t>size
+        account.accepted = entry.producer_seq
+        self.ring.publish(entry)
+        return True
+
+    cdef void gap(self, session_t *session, producer_t *account, uint8_t *p) noexcept nogil:
+        cdef uint64_t first = get64(p + HEAD), last = get64(p + HEAD + 8)
+        cdef entry_t *entry
+        self.raise_highest(account, get64(p + HEAD + 16))
+        if last <= account.accepted:
+            session.owes_ack = 1
+            return
+        if first > account.accepted + 1 or last < first:
+            self.nack(session.route, p, account.accepted + 1, NACK_SEQUENCE)
+            return
+        entry = self.ring.claim(0)
+        if entry == NULL:
+            self.nack(session.route, p, account.accepted + 1, NACK_BUSY)
+            return
+        entry.kind = GAP
+        entry.code = p[HEAD + 24] & 7
+        entry.count = <uint32_t>(last - account.accepted)
+        entry.producer = session.producer
+        entry.producer_seq = last
+        entry.received_us = now_us()
+        entry.items = &entry.one
+        account.accepted = last
+        self.ring.publish(entry)
+
+    cdef void _refuse(self, uint32_t producer, uint64_t first, uint64_t last, int code) noexcept:
+        self.rejects.setdefault(producer, []).append((first, last, code))
+        self.n_rejects += 1
+
+    cdef void _hello(self, uint64_t route, uint8_t *p, size_t size) noexcept:
+        cdef session_t *session = NULL
+        cdef int i
+        cdef uint8_t reply[25]
+        cdef uint64_t durable
+        cdef uint32_t credit, credit_bytes, index
+        cdef uint16_t version
+        try:
+            memcpy(&version, p + 2, 2)
+            if version != W_VERSION or size < HEAD + 8:
+                self.nack(route, p, 0, NACK_UNKNOWN)
+                return
+            source = ""
+            if size > HEAD + 8:
+                about = msgspec.msgpack.decode(PyBytes_FromStringAndSize(<char *>p + HEAD + 8, size - HEAD - 8))
+                source = str(about.get("source", ""))[:100]
+            found = self.ring.producer(PyBytes_FromStringAndSize(<char *>p + 4, 16), get64(p + 20), source)
+            if found < 0:
+                self.nack(route, p, 0, NACK_BUSY)
+                return
+            index = found
+            self.raise_highest(self.ring.producers[index], get64(p + HEAD))
+            self.ring.books[found].seen_at = time.time()
+            for i in range(self.n_sessions):
+                if self.sessions[i].producer == index:
+                    session = &self.sessions[i]
+                    break
+            if session == NULL:
+                if self.n_sessions >= MAX_SESSIONS:
+                    self.nack(route, p, 0, NACK_BUSY)
+                    return
+                session = &self.sessions[self.n_sessions]
+                self.n_sessions += 1
+            session.route = route
+            session.producer = index
+            session.seen_us = monotonic_us()
+            durable = <uint64_t>tb_load(&self.ring.producers[index].durable)
+            session.told_durable = <int64_t>durable
+            session.owes_ack = 0
+            self.credit_for(&credit, &credit_bytes)
+            session.told_credit = credit
+            memcpy(reply, &self.instance, 8)
+            memcpy(reply + 8, &durable, 8)
+            memcpy(reply + 16, &credit, 4)
+            memcpy(reply + 20, &credit_bytes, 4)
+            reply[24] = self.durable
+            self.reply(route, p, W_WELCOME, reply, 25)
+        except BaseException:
+            self.malformed += 1
+            self._sample(p, size, "HELLO without a readable introduction")
+
+    cdef void credit_for(self, uint32_t *events, uint32_t *size) noexcept nogil:
+        """What one producer may have in flight: nothing while the store is full, little while it is behind."""
+        if tb_load(&self.store_full):
+            events[0] = size[0] = 0
+        elif self.ring.has_room(self.ring.max_bytes // 2):
+            events[0] = 16384
+            size[0] = 4 << 20
+        else:
+            events[0] = 1024
+            size[0] = 256 << 10
+
+    cdef void reply(self, uint64_t route, const uint8_t *head, uint8_t kind, const uint8_t *body, size_t size) noexcept nogil:
+        cdef uint8_t frame[96]
+        cdef uint8_t identity[5]
+        cdef uint32_t key = <uint32_t>route
+        cdef void *socket = self.sources[route >> 32].socket
+        identity[0] = 0
+        memcpy(identity + 1, &key, 4)
+        memcpy(frame, head, HEAD)
+        frame[0] = kind
+        frame[1] = 0
+        frame[2] = W_VERSION
+        frame[3] = 0
+        if size:
+            memcpy(frame + HEAD, body, size)
+        # a peer that is gone or does not read gets nothing; it will introduce itself again
+        if zmq_send(socket, identity, 5, SNDMORE | DONTWAIT) == 5:
+            zmq_send(socket, frame, HEAD + size, DONTWAIT)
+
+    cdef void nack(self, uint64_t route, const uint8_t *head, uint64_t expected, uint8_t code) noexcept nogil:
+        cdef uint8_t body[9]
+        memcpy(body, &expected, 8)
+        body[8] = code
+        self.reply(route, head, W_NACK, body, 9)
+
+    cdef void head_of(self, session_t *session, uint8_t *head) noexcept nogil:
+        cdef producer_t *account = self.ring.producers[session.producer]
+        memcpy(head + 4, account.id, 16)
+        memcpy(head + 20, &account.epoch, 8)
+
+    cdef void send_acks(self) noexcept nogil:
+        """Tell every producer what has become durable since it was last told."""
+        cdef session_t *session
+        cdef int64_t durable
+        cdef uint32_t credit, credit_bytes, none = 0
+        cdef uint8_t head[HEAD]
+        cdef uint8_t body[20]
+        cdef int i
+        if self.n_sessions == 0:
+            return
+        self.credit_for(&credit, &credit_bytes)
+        for i in range(self.n_sessions):
+            session = &self.sessions[i]
+            durable = tb_load(&self.ring.producers[session.producer].durable)
+            if durable == session.told_durable and credit == session.told_credit and not session.owes_ack:
+                continue
+            session.told_durable = durable
+            session.told_credit = credit
+            session.owes_ack = 0
+            self.head_of(session, head)
+            if self.n_rejects:
+                with gil:
+                    self._ack_with_rejects(session, head, durable, credit, credit_bytes)
+                continue
+            memcpy(body, &durable, 8)
+            memcpy(body + 8, &credit, 4)
+            memcpy(body + 12, &credit_bytes, 4)
+            memcpy(body + 16, &none, 4)
+            self.reply(session.route, head, W_ACK, body, 20)
+
+    cdef void _ack_with_rejects(self, session_t *session, uint8_t *head, int64_t durable, uint32_t credit, uint32_t credit_bytes) noexcept:
+        cdef bytes body
+        waiting = self.rejects.get(session.producer, [])
+        # a refused range is told together with the acknowledgement that covers it, three a frame
+        told = [each for each in waiting if each[1] <= durable][:3]
+        for each in told:
+            waiting.remove(each)
+            self.n_rejects -= 1
+        if not waiting:
+            self.rejects.pop(session.producer, None)
+        body = wire.S_ACK.pack(durable, credit, credit_bytes, len(told))
+        for each in told:
+            body += wire.S_REJECT.pack(*each)
+        self.reply(session.route, head, W_ACK, <uint8_t *>PyBytes_AS_STRING(body), len(body))
+
+    cdef void say_goodbye(self) noexcept nogil:
+        cdef uint8_t head[HEAD]
+        cdef int64_t durable
+        cdef int i
+        for i in range(self.n_sessions):
+            self.head_of(&self.sessions[i], head)
+            durable = tb_load(&self.ring.producers[self.sessions[i].producer].durable)
+            self.reply(self.sessions[i].route, head, W_BYE, <uint8_t *>&durable, 8)
+
+    @property
+    def sessions_count(self):
+        """How many producers are connected, or were and have not been replaced."""
+        return self.n_sessions
