@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from tapebus import hookimpl
-
 from tapebus_store.reader import LmdbReader
 from tapebus_store.writer import LmdbStore, StoreConfig, store_config
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from hashlib import blake2b
 
 import msgspec
+
 from tapebus.errors import CorruptError, StoreError
 from tapebus.store import ProducerBook, Unit
-
 from tapebus_store.layout import MAJOR, MAX_KEY, MINOR
 
 VERSION_KEY = b"version"

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import lmdb
+
 from tapebus.errors import CorruptError, StoreError, TapebusError
 
 DATABASES = ("blocks", "corr", "producers", "cursors", "state", "dead", "meta")

@@ -9,6 +9,7 @@ import struct
 from typing import NamedTuple
 
 import zstandard
+
 from tapebus.blocks import crc32c
 from tapebus.errors import CorruptError
 from tapebus.store import Block

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import lmdb
+import msgspec
 import zstandard
+
 from tapebus.blocks import corr_hash, find_corr
 from tapebus.errors import CorruptError
 from tapebus.events import DeadLetter
 from tapebus.store import Block, ProducerBook, Unit
-
-import msgspec
 from tapebus_store import books, layout
-from tapebus_store.environment import MiB, Environment, acquire, release
+from tapebus_store.environment import Environment, MiB, acquire, release
 
 #: One read transaction hands out at most this much before it is closed.
 CHUNK_BLOCKS = 256

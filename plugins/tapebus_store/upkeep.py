@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import lmdb
 import zstandard
+
 from tapebus.blocks import merge_payloads, merge_runs
 from tapebus.store import Block
-
 from tapebus_store import books, layout
 from tapebus_store.environment import Environment
 

@@ -13,11 +13,11 @@ import lmdb
 import msgspec
 import zstandard
 from msgspec.structs import replace
+
 from tapebus.errors import ConfigError, CorruptError, StoreError, StoreFull, TapebusError
 from tapebus.store import Block, Commit, Unit
-
 from tapebus_store import books, layout
-from tapebus_store.environment import MiB, InstanceLock
+from tapebus_store.environment import InstanceLock, MiB
 from tapebus_store.reader import LmdbReader
 from tapebus_store.upkeep import Upkeep
 

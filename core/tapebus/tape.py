@@ -1,0 +1,234 @@
+"""Reading the tape from any process, while the bus runs or after it stopped."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tapebus.codec import Codec
+from tapebus.errors import StoreError
+from tapebus.events import DeadLetter, Event
+from tapebus.plugins import load, registry
+from tapebus.store import Block, StoreReader
+from tapebus.testing import matches
+
+#: A follower looks at the tape at least this often; inotify wakes it at once where there is one.
+FALLBACK_S = 0.1
+#: The notice of a write may come just before the write can be read.
+SETTLE_S = 0.002
+
+
+class Tape:
+    """Read-only access to the events of one data directory.
+
+    Open it with `Tape.open` and close it, or use it as a context manager. Every call takes short
+    transactions, so a slow reader hinders nobody. One thread at a time; not across a fork.
+    """
+
+    def __init__(self, reader: StoreReader, codec: Codec, data_dir: Path) -> None:
+        self._reader = reader
+        self._codec = codec
+        self._data_dir = data_dir
+        self._closed = False
+
+    @classmethod
+    def open(cls, data_dir: str | os.PathLike[str], *, plugins: Iterable[Any] = ("schema", "store")) -> Tape:
+        """Open the tape in `data_dir`.
+
+        `plugins` are names or modules: one of them opens the store, the others give events their
+        types; an event of a type nobody registered is a `GenericEvent`. Raises `StoreError` where
+        there is no tape, or one written by a newer version.
+        """
+        chosen = list(plugins)
+        manager = load(
+            [each for each in chosen if isinstance(each, str)],
+            [(getattr(each, "__name__", repr(each)), each) for each in chosen if not isinstance(each, str)],
+        )
+        path = Path(data_dir)
+        reader = manager.hook.tapebus_open_store(data_dir=path, config={}, readonly=True)
+        if reader is None:
+            raise StoreError(f"{path}: no enabled plugin opens a store: add 'store' to the plugins")
+        return cls(reader, Codec(registry(manager)), path)
+
+    def __enter__(self) -> Tape:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the tape; iterators over it end with `StoreError`. A second call does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._reader.close()
+
+    @property
+    def last_seq(self) -> int:
+        """The newest ``bus_seq`` on the tape, 0 when it is empty."""
+        return self._reader.last_seq()
+
+    @property
+    def first_seq(self) -> int:
+        """The oldest ``bus_seq`` still kept."""
+        return self._reader.first_seq()
+
+    def stats(self) -> dict[str, Any]:
+        """Figures about the tape, sizes in bytes."""
+        return self._reader.stats()
+
+    def dead_letters(self, after: int = 0, limit: int | None = None) -> Iterator[DeadLetter]:
+        """Dead letters with an id above `after`, oldest first."""
+        return self._reader.dead(after, limit)
+
+    def read(
+        self,
+        after: int = 0,
+        topics: Iterable[str] | None = None,
+        since: float | None = None,
+        until: float | None = None,
+        correlation_id: str | None = None,
+        limit: int | None = None,
+        reverse: bool = False,
+    ) -> Iterator[Any]:
+        """Typed events with ``bus_seq > after`` in bus order, newest first if `reverse`.
+
+        The iteration ends at what was the newest event when it began. `topics` are exact,
+        ``prefix.*`` or ``*``. `since` and `until` are event times in Unix seconds, ``since <= t < until``.
+        `limit` is the greatest number of events. Raises `CorruptError` where stored bytes are damaged.
+        """
+        chosen = _as_list(topics)
+        found = self._read(after, self.last_seq, chosen, since, until, correlation_id, reverse)
+        for count, event in enumerate(found if limit != 0 else ()):
+            yield event
+            if limit is not None and count + 1 >= limit:
+                return
+
+    def follow(
+        self,
+        after: int | None = None,
+        topics: Iterable[str] | None = None,
+        *,
+        poll: float = FALLBACK_S,
+        idle_timeout: float | None = None,
+    ) -> Iterator[Any]:
+        """Events as they reach the disk: blocks while there is none. `after` defaults to the newest one.
+
+        Waiting sleeps in the kernel until the store is written to, at most `poll` seconds at a time.
+        The iteration ends when nothing new came for `idle_timeout` seconds, never by default.
+        """
+        chosen = _as_list(topics)
+        place = self.last_seq if after is None else after
+        quiet_since = time.monotonic()
+        with _Watch(self._data_dir / "tape") as watch:
+            woken = False
+            while True:
+                horizon = self.last_seq
+                if horizon > place:
+                    yield from self._read(place, horizon, chosen, None, None, None, False)
+                    place, woken, quiet_since = horizon, False, time.monotonic()
+                    continue
+                if idle_timeout is not None and time.monotonic() - quiet_since >= idle_timeout:
+                    return
+                woken = watch.wait(SETTLE_S if woken else poll) and not woken
+
+    def _read(
+        self,
+        after: int,
+        horizon: int,
+        topics: list[str] | None,
+        since: float | None,
+        until: float | None,
+        correlation_id: str | None,
+        reverse: bool,
+    ) -> Iterator[Event]:
+        """Matching events with ``after < bus_seq <= horizon``."""
+        names = self._reader.topics()
+        wanted = None if topics is None else {number for number, name in names.items() if matches(topics, name)}
+        if wanted is not None and not wanted:
+            return
+        low, high = after, horizon
+        for block in self._blocks(after, wanted, since, until, correlation_id, reverse):
+            if block.first_seq > high:
+                if reverse:
+                    continue
+                return
+            events = [
+                event
+                for event in self._codec.decode_block(block, names, low, wanted)
+                if low < event.bus_seq <= high
+                and (since is None or event.timestamp >= since)
+                and (until is None or event.timestamp < until)
+                and (correlation_id is None or event.correlation_id == correlation_id)
+            ]
+            # Blocks may be merged while we read: what was handed out must not come again.
+            if reverse:
+                high = min(high, block.first_seq - 1)
+                events.reverse()
+            else:
+                low = max(low, block.last_seq)
+            yield from events
+
+    def _blocks(
+        self,
+        after: int,
+        wanted: set[int] | None,
+        since: float | None,
+        until: float | None,
+        correlation_id: str | None,
+        reverse: bool,
+    ) -> Iterator[Block]:
+        if correlation_id is None:
+            yield from self._reader.blocks(after, topic_ids=wanted, since=since, until=until, reverse=reverse)
+            return
+        found = (block for block, _ in self._reader.blocks_of(correlation_id) if block.last_seq > after)
+        yield from reversed(list(found)) if reverse else found
+
+
+def _as_list(topics: Iterable[str] | None) -> list[str] | None:
+    if topics is None:
+        return None
+    return [topics] if isinstance(topics, str) else list(topics)
+
+
+class _Watch:
+    """Waits until a file in a directory is written to: inotify on Linux, plain waiting elsewhere."""
+
+    _MODIFY = 0x2
+
+    def __init__(self, directory: Path) -> None:
+        self._fd = -1
+        self._poll: select.poll | None = None
+        try:
+            libc = ctypes.CDLL(None, use_errno=True)
+            self._fd = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+            if self._fd >= 0 and libc.inotify_add_watch(self._fd, os.fsencode(directory), self._MODIFY) >= 0:
+                self._poll = select.poll()
+                self._poll.register(self._fd, select.POLLIN)
+        except (OSError, AttributeError):
+            self._poll = None
+
+    def __enter__(self) -> _Watch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def wait(self, timeout: float) -> bool:
+        """Wait at most `timeout` seconds; True when something was written."""
+        if self._poll is None:
+            time.sleep(timeout)
+            return False
+        if not self._poll.poll(timeout * 1000):
+            return False
+        os.read(self._fd, 65536)
+        return True

@@ -1,0 +1,398 @@
+"""The store against a plain model: what was committed is what comes back, through sealing, retention and reopening."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies as st
+import msgspec
+import pytest
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+import tapebus_store
+from tapebus.blocks import BlockView, corr_hash, sort_run
+from tapebus.errors import ConfigError, CorruptError, StoreError, StoreFull, TapebusError
+from tapebus.events import DeadLetter
+from tapebus.store import Block, Commit, ProducerBook, Unit
+
+SMALL = {"seal_events": 20, "seal_bytes": 1 << 20, "initial_bytes": 1 << 16}
+
+
+def payload(events: list[bytes], topics: list[int]) -> bytes:
+    """A block payload as the wire documents it: head, five columns, then the raw events."""
+    count, data = len(events), b"".join(events)
+    return b"".join(
+        (
+            struct.pack("<IIQQ", count, 0, 1_700_000_000_000_000, len(data)),
+            struct.pack(f"<{count}I", *map(len, events)),
+            struct.pack(f"<{count}I", *[1] * count),
+            struct.pack(f"<{count}H", *topics),
+            bytes(count),
+            b"\1" * count,
+            data,
+        )
+    )
+
+
+def block(first: int, events: list[tuple[float, int, str | None]], size: int = 40) -> Block:
+    """A block from (event time, topic id, correlation id)."""
+    times = [each[0] for each in events]
+    entries = [
+        struct.pack("<II", corr_hash(each[2]), place) for place, each in enumerate(events) if each[2] is not None
+    ]
+    raws = [f"{first + place}:{each}".encode().ljust(size, b".") for place, each in enumerate(events)]
+    return Block(
+        first_seq=first,
+        count=len(events),
+        min_time=min(times),
+        max_time=max(times),
+        min_received=min(times) + 1,
+        max_received=max(times) + 1,
+        topics=sum({1 << (each[1] % 64) for each in events}),
+        payload=payload(raws, [each[1] for each in events]),
+        corr=sort_run(b"".join(entries)) if entries else b"",
+    )
+
+
+def raws(found: Iterator[Block] | list[Block], after: int = 0) -> list[bytes]:
+    """The raw events of blocks, each once."""
+    out = []
+    for each in found:
+        view = BlockView(each.payload, each.first_seq)
+        for seq in range(max(after + 1, each.first_seq), each.last_seq + 1):
+            out.append(view.raw(seq))
+            after = seq
+    return out
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[tapebus_store.LmdbStore]:
+    opened = open_store(tmp_path)
+    yield opened
+    opened.close()
+
+
+def open_store(path: Path, **config: Any) -> tapebus_store.LmdbStore:
+    opened = tapebus_store.tapebus_open_store(path, SMALL | config, False)
+    assert isinstance(opened, tapebus_store.LmdbStore)
+    return opened
+
+
+def fill(store: tapebus_store.LmdbStore, blocks: int, per_block: int = 5, size: int = 40) -> list[Block]:
+    made = []
+    for _ in range(blocks):
+        first = store.last_seq() + 1
+        made.append(block(first, [(float(first + i), 1 + i % 3, f"c{(first + i) % 7}") for i in range(per_block)], size))
+        store.commit(Commit(blocks=[made[-1]]))
+    return made
+
+
+def upkeep(store: tapebus_store.LmdbStore, now: float = 1e12) -> int:
+    pieces = 1
+    while store.maintain(now):
+        pieces += 1
+        assert pieces < 1000
+    return pieces
+
+
+event = st.tuples(
+    st.floats(0, 1000), st.integers(1, 130), st.one_of(st.none(), st.sampled_from(["a", "b", "sig_1", "ß", ""]))
+)
+
+
+class StoreModel(RuleBasedStateMachine):
+    """Random commits, sealing, retention and reopening against lists and dicts."""
+
+    @initialize(kept=st.sampled_from([0, 30]))
+    def start(self, kept: int) -> None:
+        import tempfile
+
+        self.dir = tempfile.TemporaryDirectory()
+        self.config = {"max_events": kept, "seal_events": 12}
+        self.store = open_store(Path(self.dir.name), **self.config)
+        self.events: list[tuple[float, int, str | None, bytes]] = []
+        self.books: dict[bytes, ProducerBook] = {}
+        self.units: dict[str, int] = {}
+        self.state: dict[str, bytes] = {}
+        self.letters: list[str] = []
+
+    @rule(groups=st.lists(st.lists(event, min_size=1, max_size=8), max_size=4))
+    def commit_events(self, groups: list[list[tuple[float, int, str | None]]]) -> None:
+        blocks, first = [], len(self.events) + 1
+        for group in groups:
+            made = block(first, group)
+            blocks.append(made)
+            first += len(group)
+            raw = raws([made], made.first_seq - 1)
+            self.events += [(*each, raw[place]) for place, each in enumerate(group)]
+        self.store.commit(Commit(blocks=blocks))
+
+    @rule(who=st.binary(min_size=16, max_size=16), stored=st.integers(0, 1 << 40))
+    def commit_book(self, who: bytes, stored: int) -> None:
+        book = ProducerBook(who, 7, watermark=stored, rejected={"ingest.schema": 2})
+        self.store.commit(Commit(producers=[book]))
+        self.books[who] = book
+
+    @rule(
+        cursor=st.integers(0, 99),
+        state=st.dictionaries(
+            st.one_of(st.text(max_size=5), st.sampled_from(["k" * 600, "k" * 600 + "2"])),
+            st.one_of(st.none(), st.binary(max_size=20)),
+            max_size=4,
+        ),
+    )
+    def commit_unit(self, cursor: int, state: dict[str, bytes | None]) -> None:
+        self.store.commit(Commit(units=[Unit("c", cursor, namespace="ns", state=state)]))
+        self.units["c"] = cursor
+        for key, value in state.items():
+            if value is None:
+                self.state.pop(key, None)
+            else:
+                self.state[key] = value
+
+    @rule(detail=st.text(max_size=10))
+    def commit_dead(self, detail: str) -> None:
+        self.store.commit(Commit(dead=[DeadLetter("schema", "invalid", detail)]))
+        self.letters.append(detail)
+
+    @rule()
+    def maintain(self) -> None:
+        self.store.maintain(1e12)
+
+    @rule()
+    def reopen(self) -> None:
+        self.store.close()
+        self.store = open_store(Path(self.dir.name), **self.config)
+
+    def kept(self) -> list[tuple[int, tuple[float, int, str | None, bytes]]]:
+        first = self.store.first_seq()
+        return [(place + 1, each) for place, each in enumerate(self.events) if place + 1 >= first]
+
+    @invariant()
+    def everything_comes_back(self) -> None:
+        kept = self.kept()
+        assert self.store.last_seq() == len(self.events)
+        assert raws(self.store.blocks()) == [each[3] for _, each in kept]
+        stats = self.store.stats()
+        assert stats["events"] == len(kept)
+        assert stats["blocks_hot"] + stats["blocks_sealed"] == len(list(self.store.blocks()))
+        assert {each.producer_id: each for each in self.store.producers()} == self.books
+        assert {name: unit.cursor for name, unit in self.store.cursors().items()} == self.units
+        assert self.store.state("ns") == self.state
+        assert [each.detail for each in self.store.dead()] == self.letters
+        if self.config["max_events"] and kept:
+            newest = list(self.store.blocks())[-1]
+            assert len(kept) >= min(len(self.events), newest.count)
+
+    @rule(after=st.integers(0, 60), topic=st.integers(1, 130), since=st.floats(0, 1000), reverse=st.booleans())
+    @precondition(lambda self: self.events)
+    def filters_lose_nothing(self, after: int, topic: int, since: float, reverse: bool) -> None:
+        found = list(self.store.blocks(after, topic_ids=[topic], since=since, reverse=reverse))
+        held = {seq for each in found for seq in range(each.first_seq, each.last_seq + 1)}
+        assert held >= {s for s, e in self.kept() if s > after and e[1] == topic and e[0] >= since}
+        order = [each.first_seq for each in found]
+        assert order == sorted(order, reverse=reverse)
+
+    @rule(who=st.sampled_from(["a", "b", "sig_1", "ß", "", "nobody"]))
+    def correlation_finds_all(self, who: str) -> None:
+        hits = [each.first_seq + offset for each, offsets in self.store.blocks_of(who) for offset in offsets]
+        assert hits == [seq for seq, each in self.kept() if each[2] == who]
+
+    def teardown(self) -> None:
+        if hasattr(self, "store"):
+            self.store.close()
+            self.dir.cleanup()
+
+
+StoreModel.TestCase.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
+test_the_store_agrees_with_a_model = StoreModel.TestCase
+
+
+def test_sealing_keeps_every_event_and_makes_fewer_smaller_blocks(store: tapebus_store.LmdbStore) -> None:
+    fill(store, 200)
+    before, size = raws(store.blocks()), store.stats()["block_bytes"]
+    upkeep(store)
+    stats = store.stats()
+    assert raws(store.blocks()) == before
+    assert (stats["blocks_sealed"], stats["blocks_hot"]) == (50, 0)
+    assert stats["block_bytes"] < size / 2
+
+
+def test_many_sealed_blocks_share_few_index_runs(store: tapebus_store.LmdbStore) -> None:
+    fill(store, 400)
+    upkeep(store)
+    with store._env.reading() as txn:
+        assert txn.stat(store._env.dbs["corr"])["entries"] <= 400 // 4 // 16 + 16
+    hits = [each.first_seq + o for each, offsets in store.blocks_of("c3") for o in offsets]
+    assert hits == [seq for seq in range(1, 2001) if seq % 7 == 3]
+
+
+@pytest.mark.parametrize("rule", [{"max_events": 100}, {"max_bytes_kept": 3000}, {"max_age_days": 60 / 86400}])
+def test_each_retention_rule_removes_the_oldest_blocks_and_no_book(tmp_path: Path, rule: dict[str, float]) -> None:
+    store = open_store(tmp_path, **rule)
+    store.commit(Commit(units=[Unit("slow", 1)], producers=[ProducerBook(b"p" * 16, 1, stored=9)]))
+    made = fill(store, 100)
+    upkeep(store)
+    first = store.first_seq()
+    assert 1 < first < 500
+    assert raws(store.blocks()) == [raw for raw in raws(made) if int(raw.split(b":")[0]) >= first]
+    assert store.last_seq() == 500
+    assert store.cursors()["slow"].cursor == 1
+    assert store.producers()[0].stored == 9
+    assert sum(len(offsets) for _, offsets in store.blocks_of("c1")) == sum(s % 7 == 1 for s in range(first, 501))
+    store.close()
+
+
+def test_a_clock_that_jumps_ahead_removes_nothing(tmp_path: Path) -> None:
+    store = open_store(tmp_path, max_age_days=1)
+    fill(store, 10)
+    upkeep(store, now=1e15)
+    assert store.first_seq() == 1
+    store.close()
+
+
+def test_a_tiny_map_grows_by_itself(tmp_path: Path) -> None:
+    store = open_store(tmp_path, initial_bytes=1 << 16)
+    made = fill(store, 30, per_block=3, size=5000)
+    store.commit(Commit(units=[Unit("c", 1, namespace="n", state={"k": bytes(3 << 20)})]))
+    assert store.stats()["map_size"] > 3 << 20
+    assert raws(store.blocks()) == raws(made)
+    store.close()
+
+
+def test_a_map_at_its_maximum_is_a_state_and_everything_stays_readable(tmp_path: Path) -> None:
+    store = open_store(tmp_path, initial_bytes=1 << 17, max_bytes=1 << 18)
+    big = Commit(units=[Unit("c", 1, namespace="n", state={"k": bytes(1 << 20)})])
+    with pytest.raises(StoreFull, match="max_bytes = 262144"):
+        store.commit(big)
+    made = fill(store, 3)
+    assert raws(store.blocks()) == raws(made)
+    assert store.cursors() == {}
+    store.close()
+
+
+def test_a_second_bus_on_the_directory_is_named_by_pid(tmp_path: Path) -> None:
+    import os
+
+    store = open_store(tmp_path)
+    with pytest.raises(TapebusError, match=rf"another bus \(pid {os.getpid()}\) runs on this data directory"):
+        open_store(tmp_path)
+    store.close()
+    open_store(tmp_path).close()
+
+
+def test_a_reader_and_the_writer_of_one_process_share_the_environment(tmp_path: Path) -> None:
+    open_store(tmp_path).close()
+    reader = tapebus_store.tapebus_open_store(tmp_path, {}, True)
+    store = open_store(tmp_path)
+    made = fill(store, 2)
+    assert raws(reader.blocks()) == raws(made)
+    store.close()
+    assert raws(reader.blocks()) == raws(made)
+    reader.close()
+    with pytest.raises(StoreError, match="closed"):
+        reader.last_seq()
+
+
+def test_a_directory_without_a_tape_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="no tape here yet: start the bus once"):
+        tapebus_store.tapebus_open_store(tmp_path / "nothing", {}, True)
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_newer_major_version_is_refused_in_one_line(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    store._durably(lambda txn, tape: store._put(txn, "meta", b"version", b"tapebus 2.0"))
+    store.close()
+    for readonly in (True, False):
+        with pytest.raises(StoreError, match=r"written by store version 2\.0.*upgrade tapebus"):
+            tapebus_store.tapebus_open_store(tmp_path, {}, readonly)
+
+
+def test_blocks_that_do_not_continue_the_tape_are_refused(store: tapebus_store.LmdbStore) -> None:
+    fill(store, 1)
+    with pytest.raises(StoreError, match="bus_seq 9 cannot follow bus_seq 5"):
+        store.commit(Commit(blocks=[block(9, [(1.0, 1, None)])]))
+    assert store.last_seq() == 5
+
+
+def test_an_unknown_setting_is_named_with_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"plugins\.store: .*max_byte`.*max_bytes"):
+        tapebus_store.tapebus_open_store(Path("/nonexistent"), {"max_byte": 1}, False)
+
+
+def test_files_are_private(tmp_path: Path) -> None:
+    open_store(tmp_path / "data").close()
+    modes = {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "data").rglob("*")}
+    assert modes == {"bus.lock": 0o600, "tape": 0o700, "data.mdb": 0o600, "lock.mdb": 0o600}
+
+
+def test_old_dead_letters_make_room_and_ids_are_never_used_again(tmp_path: Path) -> None:
+    store = open_store(tmp_path, max_dead=3)
+    store.commit(Commit(dead=[DeadLetter("ingest", "malformed", str(i), raw=bytes(70_000)) for i in range(5)]))
+    assert [(each.id, each.detail, len(each.raw)) for each in store.dead()] == [(i, str(i - 1), 65536) for i in (3, 4, 5)]
+    assert store.purge_dead([4, 5, 99]) == 2
+    store.commit(Commit(dead=[DeadLetter("ingest", "malformed")]))
+    assert [each.id for each in store.dead(after=3)] == [6]
+    assert [each.id for each in store.dead(limit=1)] == [3]
+    store.close()
+
+
+@pytest.mark.parametrize("database", ["blocks", "corr", "producers", "cursors", "state", "dead", "meta"])
+def test_a_flipped_bit_is_reported_and_never_returned(tmp_path: Path, database: str) -> None:
+    """Each byte of one record in turn: a clean error, or exactly what was committed."""
+    store = open_store(tmp_path)
+    store.commit(
+        Commit(
+            blocks=[block(1, [(1.0, 1, "a"), (2.0, 2, "b")])],
+            producers=[ProducerBook(b"p" * 16, 1, stored=2)],
+            units=[Unit("c", 2, namespace="n", state={"k": b"value"})],
+            dead=[DeadLetter("schema", "x", raw=b"raw")],
+        )
+    )
+
+    def everything() -> Any:
+        store._verified.clear()
+        return msgspec.to_builtins(
+            [
+                list(store.blocks()),
+                list(store.blocks_of("a")),
+                store.producers(),
+                store.cursors(),
+                store.state("n"),
+                list(store.dead()),
+                store.last_seq(),
+            ]
+        )
+
+    sound = everything()
+    with store._env.env.begin() as txn, txn.cursor(store._env.dbs[database]) as cursor:
+        records = [(key, value) for key, value in cursor if key != b"version"]
+    for key, value in records:
+        for place in range(len(value)):
+            damaged = bytearray(value)
+            damaged[place] ^= 1 << place % 8
+            with store._env.env.begin(write=True) as txn:
+                txn.put(key, bytes(damaged), db=store._env.dbs[database])
+            try:
+                assert everything() == sound
+            except CorruptError as error:
+                assert "tape" in str(error)
+        with store._env.env.begin(write=True) as txn:
+            txn.put(key, value, db=store._env.dbs[database])
+    assert everything() == sound
+    store.close()
+
+
+def test_a_missing_block_is_named_by_its_range(store: tapebus_store.LmdbStore) -> None:
+    fill(store, 5)
+    with store._env.env.begin(write=True) as txn:
+        txn.delete((11).to_bytes(8, "big"), db=store._env.dbs["blocks"])
+    with pytest.raises(CorruptError, match=r"bus_seq 11\.\.15 is missing"):
+        list(store.blocks())
+    with pytest.raises(CorruptError, match=r"bus_seq 11\.\.15 is missing"):
+        list(store.blocks(reverse=True))
