@@ -9,10 +9,11 @@ from pathlib import Path
 
 import msgspec
 import pytest
-import tapebus_schema
-import tapebus_slots
 from hypothesis import given
 from hypothesis import strategies as st
+
+import tapebus_schema
+import tapebus_slots
 from tapebus.events import Registry
 from tapebus.testing import PluginBench
 from tapebus_slots.config import Config
@@ -64,9 +65,7 @@ def test_the_confidence_band_is_closed_at_both_ends(confidence, fires):
 
 
 def test_a_pattern_may_have_a_band_of_its_own():
-    config = msgspec.convert(
-        {"auto_fire": True, "patterns": {"VCB_BREAKOUT": {"confidence_band": [90, 95]}}}, Config
-    )
+    config = msgspec.convert({"auto_fire": True, "patterns": {"VCB_BREAKOUT": {"confidence_band": [90, 95]}}}, Config)
     assert decide(config, confidence=92.0).fire
     assert not decide(config, confidence=85.0).fire
     assert decide(config, confidence=85.0, pattern="BOS_RETEST").fire

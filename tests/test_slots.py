@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 import pytest
+
 import tapebus_schema
 import tapebus_slots
 from tapebus.errors import ConfigError

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import msgspec
-import tapebus_schema
-import tapebus_slots
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+import tapebus_schema
+import tapebus_slots
 from tapebus.events import Registry
 from tapebus.testing import PluginBench
 
@@ -120,6 +121,19 @@ class SlotMachine(RuleBasedStateMachine):
         for _ in range(n):
             self.heartbeat(self.listed(), len(self.broker))
 
+    @precondition(lambda self: self.broker)
+    @rule(data=st.data(), incomplete=st.booleans())
+    def one_complete_snapshot_is_wrong(self, data, incomplete):
+        """One snapshot that lacks an open position proves nothing, nor do two with an incomplete one between."""
+        lacking = data.draw(st.sampled_from(sorted(self.broker)))
+        wrong = [each for each in self.listed() if each["ticket"] != lacking]
+        self.complete_snapshots(1)
+        self.heartbeat(wrong, len(wrong))
+        if incomplete:
+            self.heartbeat(wrong, len(wrong) + 1)
+            self.heartbeat(wrong, len(wrong))
+        self.complete_snapshots(1)
+
     @rule(keep=st.integers(0, 2), claimed=st.integers(0, 12), jump=st.sampled_from([0, -500, 500]))
     def weak_evidence(self, keep, claimed, jump):
         """An incomplete snapshot, a balance jump, hours of silence: none of them may release."""
@@ -153,5 +167,5 @@ class SlotMachine(RuleBasedStateMachine):
         assert all(each["evidence"] for each in released)
 
 
-SlotMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+SlotMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 TestSlotHistories = SlotMachine.TestCase

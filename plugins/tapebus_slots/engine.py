@@ -23,8 +23,22 @@ from tapebus_slots.table import AccountView, Change, Slot, SlotTable, Snapshot
 
 SUCCESS = frozenset({"success", "filled", "ok", "done", "executed", "open", "opened", "partially_filled"})
 REFUSED = frozenset(
-    "failed rejected reject insufficient_margin invalid_stops invalid_volume invalid_price hedge_blocked "
-    "max_positions no_money market_closed trade_disabled cancelled canceled".split()
+    [
+        "failed",
+        "rejected",
+        "reject",
+        "insufficient_margin",
+        "invalid_stops",
+        "invalid_volume",
+        "invalid_price",
+        "hedge_blocked",
+        "max_positions",
+        "no_money",
+        "market_closed",
+        "trade_disabled",
+        "cancelled",
+        "canceled",
+    ]
 )
 #: Outcomes nobody knows until the next snapshot.
 DOUBTFUL = frozenset({"timeout", "unknown", "disconnected", "error"})
@@ -364,7 +378,11 @@ class Engine:
             hint = ": the gate stays closed until positions close" if over else ": within the limit again"
             self._alert(f"slots_over_limit:{table.user_id}", over, "critical", text + hint, cause, now)
         if table.reconcile and not table.asked:
-            data = {"user_id": table.user_id, "reasons": list(table.witnesses), "fire_ids": list(table.slots)}
+            data: dict[str, Any] = {
+                "user_id": table.user_id,
+                "reasons": list(table.witnesses),
+                "fire_ids": list(table.slots),
+            }
             data |= {"slots_used": table.used, "slots_max": table.maximum}
             self.context.emit("reconcile_requested", data, cause=cause, timestamp=now, user_id=table.user_id)
         table.asked = table.reconcile

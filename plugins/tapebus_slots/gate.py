@@ -251,9 +251,7 @@ def _size(
     distance = worst - sl if signal.buy else sl - worst
     if distance <= 0:
         return refuse("sl_inside_spread")
-    loss = loss_per_lot(
-        distance, symbol, rate, exact(config.commission_per_lot), exact(config.slippage_per_lot)
-    )
+    loss = loss_per_lot(distance, symbol, rate, exact(config.commission_per_lot), exact(config.slippage_per_lot))
     balance = exact(account.balance)  # type: ignore[arg-type]
     equity = exact(account.equity) if _finite(account.equity) else balance  # type: ignore[arg-type]
     risk_pct = exact(config.risk_pct)

@@ -30,9 +30,7 @@ class Position(Struct, frozen=True):
     open_time: float | str | None = None
 
 
-def match(
-    slots: Sequence[Slot], positions: Sequence[Position]
-) -> tuple[list[tuple[Slot, Position]], list[Position]]:
+def match(slots: Sequence[Slot], positions: Sequence[Position]) -> tuple[list[tuple[Slot, Position]], list[Position]]:
     """Pairs of slot and position, at most one each, and the positions no slot claims.
 
     Tried in the order of trust, each over all that is left: position id, fire id, ticket, the opening
@@ -88,11 +86,7 @@ def _answers(slot: Slot, position: Position) -> bool:
 def _contradicts(slot: Slot, position: Position) -> bool:
     """Both name a fire, or both a permanent position id, and the names differ."""
     fires = slot.fire_id is not None and position.fire_id is not None and slot.fire_id != position.fire_id
-    ids = (
-        slot.position_id is not None
-        and position.position_id is not None
-        and slot.position_id != position.position_id
-    )
+    ids = slot.position_id is not None and position.position_id is not None and slot.position_id != position.position_id
     return fires or ids
 
 

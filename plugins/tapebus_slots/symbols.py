@@ -52,7 +52,30 @@ _INDICES = {
 }
 _COINS = ("BTC", "ETH", "LTC", "XRP", "SOL")
 _CURRENCIES = frozenset(
-    "USD EUR GBP JPY CHF CAD AUD NZD CNH MXN SEK NOK DKK PLN HUF CZK SGD HKD ZAR TRY THB ILS".split()
+    [
+        "USD",
+        "EUR",
+        "GBP",
+        "JPY",
+        "CHF",
+        "CAD",
+        "AUD",
+        "NZD",
+        "CNH",
+        "MXN",
+        "SEK",
+        "NOK",
+        "DKK",
+        "PLN",
+        "HUF",
+        "CZK",
+        "SGD",
+        "HKD",
+        "ZAR",
+        "TRY",
+        "THB",
+        "ILS",
+    ]
 )
 
 
@@ -66,10 +89,12 @@ def lookup(name: str, overrides: Mapping[str, Mapping[str, Any]] | None = None) 
     given = None if overrides is None else overrides.get(upper, overrides.get(name))
     if given is None:
         return found
-    values = {key: value if key in ("quote", "name") else Decimal(str(value)) for key, value in given.items()}
+    values: dict[str, Any] = {
+        key: value if key in ("quote", "name") else Decimal(str(value)) for key, value in given.items()
+    }
     if found is not None:
         return structs.replace(found, **values)
-    return Symbol(**{"name": upper, **values}) if REQUIRED <= values.keys() else None
+    return Symbol(**{"name": upper} | values) if values.keys() >= REQUIRED else None
 
 
 #: What an override must give for a symbol without built-in facts.
