@@ -147,6 +147,12 @@ def test_recorded_gold_signals_with_a_stop_on_the_right_side_pass_whatever_its_d
         assert decode("signal_generated", line).data.sl == line["sl"]
 
 
+@pytest.mark.parametrize("name", ["slot_reserved", "slot_opened", "slot_released"])
+def test_a_slot_of_unknown_symbol_and_direction_is_still_announced(name):
+    slot = decode(name, {**GOOD[name], "symbol": "", "direction": ""}).data
+    assert slot.symbol == "" and not slot.direction
+
+
 def test_policies_are_set_by_event_type():
     types = {each.name: each for each in tapebus_schema.event_types({"policy": {"market_data": "pass"}})}
     assert types["market_data"].policy == "pass"

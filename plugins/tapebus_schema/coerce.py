@@ -197,7 +197,7 @@ class Prepare:
             return time
         kind = _plain(kind)
         if isinstance(kind, inspect.LiteralType):
-            if set(kind.values) == {"BUY", "SELL"}:
+            if {"BUY", "SELL"} <= set(kind.values):
                 return direction
             return partial(choice, {str(value).lower(): str(value) for value in kind.values})
         if isinstance(kind, inspect.ListType):

@@ -24,11 +24,18 @@ from tapebus_schema.fields import (
 )
 
 Outcome = Literal["WIN", "LOSS", "BREAKEVEN", "TIMEOUT", "CANCELLED", "UNKNOWN"]
+#: Empty where the terminal's answer named neither: the position still holds a slot.
+SlotSymbol = Annotated[str, Meta(max_length=16)]
+SlotDirection = Literal["BUY", "SELL", ""]
 Texts = Annotated[list[Text], Meta(max_length=1000)]
 
 
 class SignalOutcome(Struct, frozen=True, gc=False, omit_defaults=True, kw_only=True):
-    """How a signal ended. ``r``, ``mfe``, ``mae`` in multiples of the stop distance; times are event times."""
+    """How a signal ended, all times in event time.
+
+    ``r`` is the result in multiples of the stop distance; ``mfe`` and ``mae`` are the greatest moves
+    for and against the signal, as price differences from its entry.
+    """
 
     signal_id: Id
     symbol: Symbol
@@ -76,8 +83,8 @@ class SlotReserved(Struct, frozen=True, gc=False, omit_defaults=True, kw_only=Tr
     """A slot is held for an order; ``slots_used`` may exceed ``slots_max``, that is a state, not an error."""
 
     fire_id: Id
-    symbol: Symbol
-    direction: Direction
+    symbol: SlotSymbol
+    direction: SlotDirection
     slots_used: Count
     slots_max: Count
     signal_id: Id | None = None
@@ -88,8 +95,8 @@ class SlotOpened(Struct, frozen=True, gc=False, omit_defaults=True, kw_only=True
     """The order of a slot became a position."""
 
     fire_id: Id
-    symbol: Symbol
-    direction: Direction
+    symbol: SlotSymbol
+    direction: SlotDirection
     slots_used: Count
     slots_max: Count
     signal_id: Id | None = None
@@ -102,12 +109,14 @@ class SlotReleased(Struct, frozen=True, gc=False, omit_defaults=True, kw_only=Tr
     """A slot is free again; ``evidence`` names the events that proved it."""
 
     fire_id: Id
-    symbol: Symbol
+    symbol: SlotSymbol
     method: Code
     evidence: Texts
     slots_used: Count
     slots_max: Count
     ticket: Count | None = None
+    direction: SlotDirection | None = None
+    signal_id: Id | None = None
     user_id: Id | None = None
 
 
@@ -127,7 +136,7 @@ class PatternStatus(Struct, frozen=True, gc=False, omit_defaults=True, kw_only=T
 class Alert(Struct, frozen=True, gc=False, omit_defaults=True, kw_only=True):
     """Something a person should know; ``cleared`` ends what ``raised`` began under the same name."""
 
-    name: Name
+    name: Annotated[str, Meta(min_length=1, max_length=300)]
     severity: Severity
     message: Text
     state: Literal["raised", "cleared"] = "raised"

@@ -115,6 +115,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "slot_released": {
         "fire_id": "F1",
         "symbol": "EURUSD",
+        "direction": "BUY",
         "method": "position_closed",
         "evidence": ["bus:4"],
         "slots_used": 0,
