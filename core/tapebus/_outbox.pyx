@@ -110,6 +110,7 @@ cdef class Outbox:
         readonly uint64_t next_seq
         readonly uint64_t published  # events ever given a number or turned away after close
         readonly uint64_t waiting    # events now in the ring
+        readonly uint64_t renumbered # how far renumber() has moved the numbers in all
         uint64_t dropped[N_PLACES]
         public uint64_t wake_at      # publish() wakes the sender when it gives out this number or a later one
 
@@ -132,7 +133,7 @@ cdef class Outbox:
         """Forget everything, the counters included, and begin again at `first_seq`."""
         cdef int i
         self.tail = self.head = self.read_at = self.write_at = 0
-        self.published = self.waiting = 0
+        self.published = self.waiting = self.renumbered = 0
         self.next_seq = self.wake_at = first_seq
         for i in range(N_PLACES):
             self.dropped[i] = 0
@@ -273,6 +274,7 @@ cdef class Outbox:
             self.at(index).first -= shift
             self.at(index).last -= shift
         self.next_seq -= shift
+        self.renumbered += shift
         self.wake_at = self.next_seq
 
     def abandon(self):
@@ -286,9 +288,10 @@ cdef class Outbox:
         self.published += 1
         self.dropped[ABANDONED] += 1
 
-    def drops(self):
-        """``{place: n}``, places without a loss left out."""
-        return {name: self.dropped[code] for code, name in wire.PLACES.items() if self.dropped[code]}
+    def books(self):
+        """``(published, waiting, {place: dropped})`` of one moment; places without a loss are left out."""
+        drops = {name: self.dropped[code] for code, name in wire.PLACES.items() if self.dropped[code]}
+        return self.published, self.waiting, drops
 
 
 def enc_hook(value):
