@@ -70,6 +70,7 @@ class Engine:
         self.fires = 0
         self._configs: dict[str, configuration.Config] = {}
         self._saved: dict[str, bytes] = {}
+        self._touched = False
         self._load()
         self._handlers: dict[str, Callable[[Any], None]] = {
             "signal_generated": self.on_signal,
@@ -92,6 +93,7 @@ class Engine:
                 data = event.data
                 quotes[data.symbol] = (data.bid, data.ask, event.timestamp)
             else:
+                self._touched = True
                 handlers[event.event_type](event)
             self.clock = event.timestamp
 
@@ -290,6 +292,7 @@ class Engine:
         """The reconcile cycle: unanswered fires, old positions, silent terminals."""
         if self.clock and now - self.clock > _REPLAY_LAG_S:
             now = self.clock
+        self._touched = True
         for table in self.tables.values():
             config = self.config_of(table.user_id)
             table.review(now, config.answer_timeout_s, config.stale_age_s, config.heartbeat_max_age_s)
@@ -407,6 +410,9 @@ class Engine:
 
     def save(self) -> None:
         """Write the tables that changed; they commit with the cursor and with what was emitted."""
+        if not self._touched:
+            return  # only quotes came, and those are not kept
+        self._touched = False
         for user, table in self.tables.items():
             packed = msgspec.msgpack.encode(table)
             if self._saved.get(user) != packed:
