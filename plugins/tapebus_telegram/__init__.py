@@ -1,0 +1,64 @@
+"""Relays signals, outcomes and alerts to Telegram; without a token it only shows what it would send."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tapebus.consumer import Consumer, Context
+from tapebus.hookspecs import hookimpl
+from tapebus_telegram.outbox import rendered
+from tapebus_telegram.relay import Relay
+from tapebus_telegram.secret import Redactor, guard_logs, release_logs
+from tapebus_telegram.settings import load, token_of
+from tapebus_telegram.transport import HttpTransport
+
+__all__ = ["Redactor", "rendered"]
+
+#: Relays by the identity of their context, which each relay keeps alive.
+_relays: dict[int, tuple[Relay, Redactor | None]] = {}
+
+
+@hookimpl
+def tapebus_register_consumers(context: Context) -> list[Consumer]:
+    settings = load(context.config)
+    secret = token_of(settings)
+    tapebus_stop(context)
+    transport = HttpTransport(settings.base_url, secret) if secret is not None else None
+    redactor = guard_logs(secret, context.log) if secret is not None else None
+    relay = Relay(context, settings, transport)
+    _relays[id(context)] = (relay, redactor)
+    return [
+        Consumer(
+            name="telegram",
+            topics=settings.topics,
+            handler=relay.handle,
+            mode="thread",
+            lanes=True,
+            start="now",
+            budget_ms=15_000.0,  # one call may use up its timeouts; the thread is the relay's own
+            save=relay.outbox.save,
+            tick=1.0,
+            on_tick=lambda now: relay.pump(),
+        )
+    ]
+
+
+@hookimpl
+def tapebus_health(context: Context) -> dict[str, Any]:
+    found = _relays.get(id(context))
+    return found[0].health() if found else {"status": "error", "message": "not started"}
+
+
+@hookimpl
+def tapebus_metrics(context: Context) -> dict[str, int | float | str]:
+    found = _relays.get(id(context))
+    return found[0].metrics() if found else {}
+
+
+@hookimpl
+def tapebus_stop(context: Context) -> None:
+    relay, redactor = _relays.pop(id(context), (None, None))
+    if relay is not None:
+        relay.close()
+    if redactor is not None:
+        release_logs(redactor, context.log)
