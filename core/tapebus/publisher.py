@@ -60,7 +60,9 @@ class _Sender:
     begins with HELLO, so what the bus receives is always the tail after its own durable_seq, in order.
     """
 
-    def __init__(self, outbox: Outbox, source: str, endpoint: str, batch: int, linger_s: float, ident: tuple[bytes, int]):
+    def __init__(
+        self, outbox: Outbox, source: str, endpoint: str, batch: int, linger_s: float, ident: tuple[bytes, int]
+    ) -> None:
         self.outbox, self.source, self.endpoint = outbox, source, endpoint
         self.batch_size, self.batch_timeout = batch, linger_s
         self.producer_id, self.epoch = ident
@@ -100,7 +102,9 @@ class _Sender:
             self.flushing += 1
             self.wake()
             try:
-                return self.progress.wait_for(lambda: self.outbox.first_pending + self.outbox.renumbered >= seq, timeout)
+                return self.progress.wait_for(
+                    lambda: self.outbox.first_pending + self.outbox.renumbered >= seq, timeout
+                )
             finally:
                 self.flushing -= 1
 
@@ -415,7 +419,13 @@ class _Sender:
     def _on_pong(self, rest: bytes) -> bool:
         return True
 
-    _HANDLERS = {wire.WELCOME: _on_welcome, wire.ACK: _on_ack, wire.NACK: _on_nack, wire.BYE: _on_bye, wire.PONG: _on_pong}
+    _HANDLERS = {
+        wire.WELCOME: _on_welcome,
+        wire.ACK: _on_ack,
+        wire.NACK: _on_nack,
+        wire.BYE: _on_bye,
+        wire.PONG: _on_pong,
+    }
 
 
 class Publisher(Emitter):
