@@ -195,6 +195,8 @@ def oracle(quotes: list[tuple[float, float, float]], at: int, s: dict[str, Any],
     sign = 1 if long else -1
     entry, opened = s.get("entry"), s["opened"]
     seen: list[float] = []
+    # A crossed quote is no quote: it does not end the hole it lies in.
+    before = next((time for time, bid, ask in reversed(quotes[:at]) if ask >= bid), opened)
     for index in range(at, len(quotes)):
         time, bid, ask = quotes[index]
         if time >= s["expires_at"]:
@@ -208,7 +210,7 @@ def oracle(quotes: list[tuple[float, float, float]], at: int, s: dict[str, Any],
             if (s["tp"] is not None and sign * (s["tp"] - entry) < 0) or sign * (entry - s["sl"]) < 0:
                 return _expected(s, entry, "UNKNOWN", None, [*seen, price], time, opened)
         seen.append(price)
-        gap = index > 0 and time - quotes[index - 1][0] > max_gap
+        gap, before = time - before > max_gap, time
         if sign * (price - s["sl"]) <= 0:
             return _expected(s, entry, "LOSS", price, seen, time, opened, gap)
         if s["tp"] is not None and sign * (price - s["tp"]) >= 0:
@@ -272,7 +274,6 @@ def test_every_signal_ends_as_an_exhaustive_walk_says_also_over_restarts(seed: i
     quotes, signals = scenario(seed, 20_000, 400)
     rng = random.Random(seed + 100)
     b = bench(max_gap_s=5)
-    # A crossed quote is no quote: the hole it sits in is not ended by it.
     feed: list[Any] = []
     waiting = iter(signals)
     nxt = next(waiting, None)
@@ -298,7 +299,8 @@ def test_every_signal_ends_as_an_exhaustive_walk_says_also_over_restarts(seed: i
             assert have is None, s
             continue
         assert have is not None, (s, want)
-        want.pop("gap_before_exit", None)
+        if place == signals[0][0]:
+            want.pop("gap_before_exit", None)  # quotes before the first signal of a symbol are not looked at
         for key, value in want.items():
             expected = pytest.approx(value, abs=2e-6) if isinstance(value, float) else value
             assert have[key] == expected, (key, s, want, have)

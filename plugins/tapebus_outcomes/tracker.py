@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from heapq import heapify, heappop, heappush
+from itertools import pairwise
 from typing import Any
 
 import msgspec
@@ -362,6 +363,4 @@ def _sound(signal: Signal) -> bool:
     """Whether stop, entry and target lie in the order the direction asks for, as far as they are known."""
     prices = [price for price in (signal.sl, signal.entry, signal.tp) if price is not None]
     in_order = prices if signal.buy else prices[::-1]
-    return all(a <= b for a, b in zip(in_order, in_order[1:], strict=False)) and not (
-        signal.sl is not None and signal.sl == signal.tp
-    )
+    return all(a <= b for a, b in pairwise(in_order)) and not (signal.sl is not None and signal.sl == signal.tp)

@@ -1,0 +1,103 @@
+"""Figures of the outcomes plugin against published values and direct counting."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tapebus.errors import ConfigError
+from tapebus_outcomes.stats import OUTCOMES, breakeven_win_rate, summarise, wilson
+from tapebus_outcomes.symbols import Symbols
+
+
+@pytest.mark.parametrize(
+    ("wins", "n", "low", "high"),
+    [(4, 4, 51.0, 100), (12, 13, 66.7, 98.6), (6, 9, 35.4, 87.9), (0, 2, 0, 65.8), (22, 28, 60.5, 89.8)],
+)
+def test_the_wilson_interval_matches_the_reference_table(wins: int, n: int, low: float, high: float) -> None:
+    got = wilson(wins, n)
+    assert got == (pytest.approx(low / 100, abs=0.00051), pytest.approx(high / 100, abs=0.00051))
+
+
+@given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_the_wilson_bounds_solve_the_score_equation(pair: tuple[int, int]) -> None:
+    wins, n = pair
+    p = wins / n
+    for bound in wilson(wins, n):
+        assert 0 <= bound <= 1
+        if 0 < bound < 1:
+            z = abs(p - bound) / math.sqrt(bound * (1 - bound) / n)
+            assert z == pytest.approx(1.959964, abs=1e-4)
+
+
+def test_no_decided_signal_means_nothing_is_known() -> None:
+    assert wilson(0, 0) == (0.0, 1.0)
+    with pytest.raises(ValueError, match="impossible"):
+        wilson(3, 2)
+
+
+@pytest.mark.parametrize(("reward_risk", "rate"), [(0.5, 66.7), (0.7, 58.8), (1.5, 40.0), (3.0, 25.0)])
+def test_breakeven_win_rates_match_the_reference_table(reward_risk: float, rate: float) -> None:
+    assert breakeven_win_rate(reward_risk) * 100 == pytest.approx(rate, abs=0.05)
+
+
+def test_a_pattern_without_a_loss_has_no_profit_factor() -> None:
+    [row] = summarise([{"pattern_type": "A", "outcome": "WIN", "r": 1.5, "duration_s": 60.0}])
+    assert row["profit_factor"] is None and row["win_rate"] == 1.0 and row["expectancy_r"] == 1.5
+
+
+def test_timeouts_and_open_signals_are_shown_but_are_neither_wins_nor_losses() -> None:
+    rows: list[dict[str, Any]] = [{"pattern_type": "A", "outcome": "TIMEOUT", "r": 0.2}] * 74
+    rows += [{"pattern_type": "A", "outcome": None}] * 3
+    [row] = summarise(rows)
+    assert (row["n"], row["timeouts"], row["open"], row["decided"], row["win_rate"]) == (77, 74, 3, 0, None)
+
+
+ROWS = st.lists(
+    st.fixed_dictionaries(
+        {
+            "pattern_type": st.sampled_from(["A", "B"]),
+            "outcome": st.sampled_from([*OUTCOMES, None]),
+            "r": st.none() | st.floats(-5, 5),
+            "duration_s": st.floats(0, 1e5),
+            "fired": st.booleans(),
+        }
+    )
+)
+
+
+@given(ROWS)
+def test_the_table_equals_counting_by_hand_in_any_order(rows: list[dict[str, Any]]) -> None:
+    table = {row["pattern_type"]: row for row in summarise(reversed(rows))}
+    assert set(table) == {row["pattern_type"] for row in rows}
+    for pattern, row in table.items():
+        mine = [each for each in rows if each["pattern_type"] == pattern]
+        kinds = [each["outcome"] for each in mine]
+        assert row["n"] == len(mine)
+        assert (row["wins"], row["losses"], row["open"]) == (kinds.count("WIN"), kinds.count("LOSS"), kinds.count(None))
+        ended = [e["r"] for e in mine if e["outcome"] in ("WIN", "LOSS", "BREAKEVEN") and e["r"] is not None]
+        if ended:
+            assert row["expectancy_r"] == pytest.approx(sum(ended) / len(ended), abs=1e-9)
+        else:
+            assert row["expectancy_r"] is None
+
+
+def test_one_pip_of_one_lot_is_worth_what_the_contract_says() -> None:
+    symbols = Symbols()
+    worth = {"EURUSD": 10, "USDJPY": 1000, "XAUUSD": 10, "XAGUSD": 50, "BTCUSD": 1, "USDCNH": 10}
+    assert {name: round(symbols[name].pip_value, 6) for name in worth} == worth
+    assert symbols["GBPJPY"].digits == 3 and symbols["EURUSD"].point == 0.00001
+
+
+def test_the_brokers_values_win_over_the_defaults() -> None:
+    gold = Symbols({"XAUUSD": {"digits": 3, "pip": 0.01}})["XAUUSD"]
+    assert (gold.pip, gold.digits, gold.contract_size) == (0.01, 3, 100)
+    assert gold.point == pytest.approx(0.001)
+
+
+def test_a_misspelt_symbol_key_is_refused_with_the_nearest_valid_one() -> None:
+    with pytest.raises(ConfigError, match=r"XAUUSD\.pipp: unknown key; did you mean 'pip'"):
+        Symbols({"XAUUSD": {"pipp": 1}})
