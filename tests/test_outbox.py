@@ -16,8 +16,14 @@ EVENTS, BYTES = 6, 64
 
 @pytest.mark.parametrize(
     ("data", "expected"),
-    [(b"", 0), (b"123456789", 0xE3069283), (bytes(32), 0x8A9136AA), (b"\xff" * 32, 0x62A8AB43), (bytes(range(32)), 0x46DD794E)],
-)  # fmt: skip
+    [
+        (b"", 0),
+        (b"123456789", 0xE3069283),
+        (bytes(32), 0x8A9136AA),
+        (b"\xff" * 32, 0x62A8AB43),
+        (bytes(range(32)), 0x46DD794E),
+    ],
+)
 def test_the_checksum_is_the_castagnoli_crc_of_rfc_3720(data, expected):
     assert crc32c(data) == expected
 

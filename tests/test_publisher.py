@@ -164,13 +164,20 @@ def test_everything_published_is_stored_once_and_in_order(bus, pub):
 
 
 def test_the_envelope_arrives_as_it_was_given(bus, pub):
-    assert pub.publish("t", {"i": 0, "price": decimal.Decimal("1.5"), "n": numpy.float64(2.5)}, "sig-1", "high", 12.5, user_id=7)
+    assert pub.publish(
+        "t", {"i": 0, "price": decimal.Decimal("1.5"), "n": numpy.float64(2.5)}, "sig-1", "high", 12.5, user_id=7
+    )
     assert pub.flush(PATIENCE_S)
     (events,) = bus.events.values()
     assert events[1] == {
-        "event_type": "t", "timestamp": 12.5, "source": "test", "data": {"i": 0, "price": 1.5, "n": 2.5},
-        "correlation_id": "sig-1", "user_id": "7", "priority": "high",
-    }  # fmt: skip
+        "event_type": "t",
+        "timestamp": 12.5,
+        "source": "test",
+        "data": {"i": 0, "price": 1.5, "n": 2.5},
+        "correlation_id": "sig-1",
+        "user_id": "7",
+        "priority": "high",
+    }
 
 
 def test_a_killed_bus_with_its_disk_gets_exactly_the_missing_tail(bus, pub):
@@ -262,16 +269,53 @@ def test_publish_never_raises_whatever_it_is_given():
     for _ in range(100_000):
         deep = [deep]
     odd = [
-        None, 0, -1, 2**70, 1.5, float("nan"), float("inf"), "", "x" * 101, "\ud800", b"\xff", object(), Hostile(), Hostile,
-        loop, {"deep": deep}, {1: 2}, {None: 1}, {"a": Hostile()}, {"big": "x" * 300_000}, [], {1, 2}, (i for i in "ab"), range(3),
-        numpy.arange(3), numpy.float64("nan"), numpy.int64(3), numpy.datetime64("2025-01-01"), decimal.Decimal("NaN"), Path("a"),
-        lambda: 1, sys, Exception("x"), memoryview(b"ab"), 1j,
-    ]  # fmt: skip
+        None,
+        0,
+        -1,
+        2**70,
+        1.5,
+        float("nan"),
+        float("inf"),
+        "",
+        "x" * 101,
+        "\ud800",
+        b"\xff",
+        object(),
+        Hostile(),
+        Hostile,
+        loop,
+        {"deep": deep},
+        {1: 2},
+        {None: 1},
+        {"a": Hostile()},
+        {"big": "x" * 300_000},
+        [],
+        {1, 2},
+        (i for i in "ab"),
+        range(3),
+        numpy.arange(3),
+        numpy.float64("nan"),
+        numpy.int64(3),
+        numpy.datetime64("2025-01-01"),
+        decimal.Decimal("NaN"),
+        Path("a"),
+        lambda: 1,
+        sys,
+        Exception("x"),
+        memoryview(b"ab"),
+        1j,
+    ]
     with Publisher("test", "tcp://127.0.0.1:1") as pub:
         for value in odd:
-            for kept in (pub.publish("t", value), pub.publish("t", {"v": value}), pub.publish(value, {}),
-                         pub.publish("t", {}, value), pub.publish("t", {}, None, value), pub.publish("t", {}, timestamp=value),
-                         pub.publish("t", {}, user_id=value, session_id=value, event_id=value, causation_id=value)):  # fmt: skip
+            for kept in (
+                pub.publish("t", value),
+                pub.publish("t", {"v": value}),
+                pub.publish(value, {}),
+                pub.publish("t", {}, value),
+                pub.publish("t", {}, None, value),
+                pub.publish("t", {}, timestamp=value),
+                pub.publish("t", {}, user_id=value, session_id=value, event_id=value, causation_id=value),
+            ):
                 assert kept in (True, False)
         rng = random.Random(1)
         for _ in range(3000):
@@ -356,8 +400,11 @@ def test_a_forked_child_is_another_producer_and_the_parent_goes_on(bus):
 
 
 def test_a_process_that_just_ends_delivers_what_it_published(bus):
-    run_python("import sys\nfrom tapebus.publisher import Publisher\n"
-               "with Publisher('t', sys.argv[1]) as p: p.publish('t', {'i': 1})", bus.endpoint)  # fmt: skip
+    run_python(
+        "import sys\nfrom tapebus.publisher import Publisher\n"
+        "with Publisher('t', sys.argv[1]) as p: p.publish('t', {'i': 1})",
+        bus.endpoint,
+    )
     bus.wait_for(lambda: bus.stored() == [1])
 
 

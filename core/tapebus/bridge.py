@@ -104,9 +104,7 @@ def user_action(user_id: Any, action: str, details: dict[str, Any] | None = None
     return False
 
 
-def market_data(
-    symbol: str, bid: float, ask: float, volume: float | None = None, source: str = "mt5_feed"
-) -> bool:
+def market_data(symbol: str, bid: float, ask: float, volume: float | None = None, source: str = "mt5_feed") -> bool:
     """One quote, prices in quote currency."""
     return _publish("market_data", {"symbol": symbol, "bid": bid, "ask": ask, "volume": volume}, source)
 

@@ -401,9 +401,9 @@ class _Sender:
 
     def _on_nack(self, rest: bytes) -> bool:
         expected, code = wire.S_NACK.unpack_from(rest)
-        if code == wire.NACK_BUSY:
+        if code == wire.NACK_BUSY and self.connected:
             self._not_before = time.monotonic() + random.uniform(0.05, 0.1)
-        elif time.monotonic() >= self._not_before:
+        elif not self.connected or time.monotonic() >= self._not_before:
             self._postpone(0.05 * self._retry_s)
             return False
         # Refusals of what was behind a refused frame arrive during the pause and change nothing.
