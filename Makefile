@@ -9,6 +9,8 @@ GROUP    = $(BIN)/python -c 'import sys, tomllib; \
 	print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"][sys.argv[1]], sep="\n")'
 SOURCES := $(wildcard core/tapebus/*.pyx core/tapebus/*.pxd core/tapebus/*.h)
 WORKERS ?= 2
+# What `make asan` tests: the modules that handle memory themselves.
+COMPILED := ring scan blocks outbox ingest
 
 export PIP_ROOT_USER_ACTION := ignore
 
@@ -35,12 +37,12 @@ format: $(VENV)/.lint
 bench: $(VENV)/.built $(VENV)/.bench
 	@$(BIN)/python -m bench $(ARGS)
 
-# Ring and scanner under the address and undefined-behaviour sanitizers, built beside the normal modules.
+# Compiled modules under the address and undefined-behaviour sanitizers, built beside the normal ones.
 asan: $(VENV)/.built $(VENV)/.test
 	@TAPEBUS_SANITIZE=1 $(BIN)/python setup.py --quiet build --build-base build/asan --build-lib build/asan/lib
 	@PYTHONPATH=build/asan/lib PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
 	LD_PRELOAD="$$($(or $(CC),gcc) -print-file-name=libasan.so)" \
-	$(BIN)/pytest -q -p no:cacheprovider $(wildcard tests/test_ring.py tests/test_scan.py) $(ARGS)
+	$(BIN)/pytest -q -p no:cacheprovider $(or $(wildcard $(COMPILED:%=tests/test_%*.py)),$(error no tests)) $(ARGS)
 
 # The wheel, installed alone: compiled modules, plugins and command are all inside.
 wheel: $(VENV)/.built
