@@ -38,6 +38,7 @@ class TapeRecord(msgspec.Struct):
     last_dead: int = 0
     dead: int = 0
     newest: float = 0.0
+    damaged: int = 0
 
 
 def encode_version() -> bytes:

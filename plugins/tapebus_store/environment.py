@@ -14,7 +14,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import lmdb
 
@@ -26,18 +25,18 @@ MAX_READERS = 512
 
 _shared: dict[Path, Environment] = {}
 _locks: list[int] = []
-_parents: list[Any] = []
+_inherited: dict[Path, Environment] = {}
 _mutex = threading.Lock()
 
 
 def _after_fork() -> None:
     """A child starts without environments and without the parent's hold on its lock file.
 
-    The parent's handles are kept referenced: closing them here would touch the parent's lock table.
+    The parent's handles stay referenced and unused: closing them here would touch its lock table.
     """
     global _mutex
     _mutex = threading.Lock()
-    _parents.extend(each.env for each in _shared.values())
+    _inherited.update(_shared)
     _shared.clear()
     for fd in _locks:
         with suppress(OSError):
@@ -119,7 +118,7 @@ class Environment:
     def check_process(self) -> None:
         """Raise `StoreError` in a forked child, where LMDB handles of the parent must not be used."""
         if self._pid != os.getpid():
-            raise StoreError(f"{self.path}: opened before a fork (pid {self._pid}): open the tape again in the child")
+            raise _forked(self.path)
         if self.references <= 0:
             raise StoreError(f"{self.path}: the tape is closed")
 
@@ -198,12 +197,20 @@ class Environment:
             self._open()
 
 
+def _forked(path: Path) -> StoreError:
+    return StoreError(
+        f"{path}: opened before this process was forked: open the tape in a process started by spawn or exec"
+    )
+
+
 def acquire(path: Path, *, readonly: bool, map_size: int) -> Environment:
     """The shared environment of `path`; pair each call with `release`."""
     path = path.resolve()
     data = path / "data.mdb"
     if readonly and not data.exists():
         raise StoreError(f"{path}: no tape here yet: start the bus once, or check --data-dir")
+    if path in _inherited:
+        raise _forked(path)
     with _mutex:
         found = _shared.get(path)
         if found is None:
@@ -256,8 +263,9 @@ def _refuse_truncated(data: Path) -> None:
         " with e.begin(buffers=True) as t:\n"
         "  for k,v in t.cursor(d): bytes(v)\n"
     )
+    whole_pages = data.stat().st_size % 4096 == 0
     done = subprocess.run([sys.executable, "-c", walk, str(data.parent)], capture_output=True, check=False)
-    if done.returncode:
+    if done.returncode or not whole_pages:
         raise CorruptError(f"{data}: the file is cut short ({data.stat().st_size} bytes): restore it from a backup")
 
 
@@ -272,4 +280,5 @@ def _shorter_than_promised(data: Path) -> bool:
         return True
     newest = max((0, page), key=lambda base: int.from_bytes(head[base + 144 : base + 152], "little"))
     last_page = int.from_bytes(head[newest + 136 : newest + 144], "little")
-    return data.stat().st_size < (last_page + 1) * page
+    size = data.stat().st_size
+    return size < (last_page + 1) * page or size % page > 0

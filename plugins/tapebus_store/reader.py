@@ -152,9 +152,7 @@ class LmdbReader:
                 found = cursor.next()
         return chunk, after, True
 
-    def _chunk_back(
-        self, after: int, bound: int, wanted: _Filter
-    ) -> tuple[list[tuple[layout.Header, bytes]], int]:
+    def _chunk_back(self, after: int, bound: int, wanted: _Filter) -> tuple[list[tuple[layout.Header, bytes]], int]:
         """Matching blocks below `bound` in reverse order, and the new bound (0 when done)."""
         chunk: list[tuple[layout.Header, bytes]] = []
         size = seen = 0
@@ -269,6 +267,7 @@ class LmdbReader:
             "events": tape.events,
             "blocks_hot": tape.hot_blocks,
             "blocks_sealed": tape.sealed_blocks,
+            "blocks_damaged": tape.damaged,
             "block_bytes": tape.block_bytes,
             "index_bytes": tape.corr_bytes,
             "raw_bytes": tape.raw_bytes,

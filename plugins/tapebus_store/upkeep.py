@@ -9,6 +9,7 @@ import lmdb
 import zstandard
 
 from tapebus.blocks import merge_payloads, merge_runs
+from tapebus.errors import CorruptError
 from tapebus.store import Block
 from tapebus_store import books, layout
 from tapebus_store.environment import Environment
@@ -63,6 +64,8 @@ class Upkeep:
     def _seal(self, txn: lmdb.Transaction, tape: books.TapeRecord) -> None:
         """Replace the oldest hot blocks by one sealed block, and their index runs by one run."""
         blocks, stored = self._oldest_hot(txn, tape)
+        if not blocks:
+            return
         merged = Block(
             first_seq=blocks[0].first_seq,
             count=sum(each.count for each in blocks),
@@ -89,26 +92,41 @@ class Upkeep:
         tape.runs += self._merge_range(txn, tape, merged.first_seq, merged.last_seq, 1)
 
     def _oldest_hot(self, txn: lmdb.Transaction, tape: books.TapeRecord) -> tuple[list[Block], int]:
-        """The oldest hot blocks, enough for one sealed block, and their size as stored."""
+        """The oldest hot blocks, enough for one sealed block, and their size as stored.
+
+        A block with damaged events ends the group; at its head it is left as it is, counted, and
+        from then on treated as sealed.
+        """
         blocks: list[Block] = []
         events = raw = stored = 0
         with txn.cursor(self._env.dbs["blocks"]) as cursor:
             found = cursor.set_range(layout.seq_key(tape.sealed_to + 1))
-            while found:
+            while found and not (
+                events >= self._config.seal_events or raw >= self._config.seal_bytes or len(blocks) >= MAX_HOT_BLOCKS
+            ):
                 value = cursor.value()
                 header = layout.decode_header(cursor.key(), value)
-                blocks.append(layout.decode_block(header, value[layout.HEADER_SIZE :], self._expand))
+                try:
+                    block = layout.decode_block(header, value[layout.HEADER_SIZE :], self._expand)
+                except CorruptError:
+                    if not blocks:
+                        self._leave_damaged(tape, header)
+                    break
+                blocks.append(block)
                 stored += len(value)
                 events += header.count
                 raw += header.raw_length
-                if (
-                    events >= self._config.seal_events
-                    or raw >= self._config.seal_bytes
-                    or len(blocks) >= MAX_HOT_BLOCKS
-                ):
-                    break
                 found = cursor.next()
         return blocks, stored
+
+    @staticmethod
+    def _leave_damaged(tape: books.TapeRecord, header: layout.Header) -> None:
+        tape.damaged += 1
+        tape.hot_blocks -= 1
+        tape.hot_events -= header.count
+        tape.hot_raw -= header.raw_length
+        tape.sealed_blocks += 1
+        tape.sealed_to = header.last_seq
 
     # -- the correlation index ------------------------------------------------------------------
 
@@ -187,7 +205,7 @@ class Upkeep:
         tape.events -= header.count
         tape.block_bytes -= size
         tape.raw_bytes -= header.raw_length
-        if header.flags & layout.SEALED:
+        if header.last_seq <= tape.sealed_to:
             tape.sealed_blocks -= 1
         else:
             tape.hot_blocks -= 1

@@ -24,6 +24,7 @@ from tapebus_store.upkeep import Upkeep
 GiB = 1 << 30
 #: With less room than this an I/O error of a write is taken for a full disk.
 LITTLE_SPACE = 4 * MiB
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class StoreConfig(msgspec.Struct, forbid_unknown_fields=True):
@@ -143,10 +144,10 @@ class LmdbStore(LmdbReader):
 
     def _is_full(self, error: Exception) -> bool:
         """Whether `error` means no room. LMDB reports a write cut short by a full disk as EIO."""
-        code = getattr(error, "code", None)
-        if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or isinstance(error, lmdb.DiskError):
+        text = str(error)
+        if isinstance(error, lmdb.DiskError) or any(os.strerror(code) in text for code in FULL):
             return True
-        if code != errno.EIO:
+        if os.strerror(errno.EIO) not in text:
             return False
         space = os.statvfs(self._env.path)
         if space.f_bavail * space.f_frsize < LITTLE_SPACE:
