@@ -129,8 +129,11 @@ class BotApi:
             if number not in self.texts:
                 return failure(400, "Bad Request: message to edit not found")
             if self.texts[number] == text:
-                return failure(400, "Bad Request: message is not modified: specified new message content and reply "
-                               "markup are exactly the same as a current content and reply markup of the message")
+                return failure(
+                    400,
+                    "Bad Request: message is not modified: specified new message content and reply "
+                    "markup are exactly the same as a current content and reply markup of the message",
+                )
         self.texts[number] = text
         self.accepted.append({**call, "method": method, "visible": text})
         return {"ok": True, "result": {"message_id": number}}

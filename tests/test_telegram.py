@@ -208,8 +208,10 @@ def test_the_token_appears_nowhere_after_hundreds_of_failures(
     finally:
         release_logs(redactor, context.log)
     captured = capfd.readouterr()
-    formatted = [f"{r.getMessage()}{r.exc_text}{traceback.format_exception(*r.exc_info) if r.exc_info else ''}"
-                 for r in caplog.records]
+    formatted = [
+        f"{r.getMessage()}{r.exc_text}{traceback.format_exception(*r.exc_info) if r.exc_info else ''}"
+        for r in caplog.records
+    ]
     files = [path.read_bytes().decode("latin-1") for path in tmp_path.rglob("*") if path.is_file()]
     state = [blob.decode("latin-1") for blob in context.state.values()]
     texts = [*seen, *formatted, *files, *state, repr(transport), repr(secret), repr(vars(relay)), captured.out]
@@ -233,14 +235,16 @@ def test_a_long_text_is_cut_in_utf16_units_without_splitting_a_character() -> No
     assert api.visible(html) == plain
 
 
-def test_a_dry_run_shows_what_it_would_send_and_opens_no_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_shows_its_messages_and_opens_no_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a dry run opened a socket")
 
     monkeypatch.setattr(socket, "socket", refuse)
     context = RecordingContext("telegram", {}, tmp_path)
     (consumer,) = tapebus_telegram.tapebus_register_consumers(context)
-    consumer.handler(ListBatch([event(1, entry=1.08512), event(2, "alert", severity="warning", message="acct 12345678")]))
+    consumer.handler(
+        ListBatch([event(1, entry=1.08512), event(2, "alert", severity="warning", message="acct 12345678")])
+    )
     assert consumer.save is not None and consumer.on_tick is not None
     consumer.on_tick(0.0)
     consumer.save()
@@ -262,8 +266,9 @@ def test_entities_that_do_not_parse_are_sent_once_more_as_plain_text(tmp_path: P
     assert [payload.get("parse_mode") for _, _, payload in transport.calls] == ["HTML", None]
 
 
-@pytest.mark.parametrize("answer", [Answer(403, "Forbidden: bot was blocked by the user"),
-                                    Answer(400, "Bad Request: chat not found")])
+@pytest.mark.parametrize(
+    "answer", [Answer(403, "Forbidden: bot was blocked by the user"), Answer(400, "Bad Request: chat not found")]
+)
 def test_a_chat_that_refuses_three_times_is_disabled_and_the_others_go_on(tmp_path: Path, answer: Answer) -> None:
     clock = Clock()
 
@@ -336,8 +341,17 @@ def test_a_token_readable_by_others_or_written_in_the_configuration_is_refused(t
     assert TOKEN not in str(refused.value)
 
 
-@pytest.mark.parametrize("config", [{"token": {"env": "T"}}, {"chat": []}, {"dry_run": False}, {"topics": ["x"]},
-                                    {"base_url": "http://example.org"}, {"chats": [{"id": 1}, {"id": 1}]}])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"token": {"env": "T"}},
+        {"chat": []},
+        {"dry_run": False},
+        {"topics": ["x"]},
+        {"base_url": "http://example.org"},
+        {"chats": [{"id": 1}, {"id": 1}]},
+    ],
+)
 def test_a_configuration_that_cannot_work_is_refused_with_its_key(config: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"plugins\.telegram"):
         load(config)

@@ -77,7 +77,7 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
         os.replace(fresh, self._path)
-        self._file = open(self._path, "ab", buffering=0)
+        self._file = self._path.open("ab", buffering=0)
         self._lines = len(self._sent)
 
     def sending(self, key: str) -> None:

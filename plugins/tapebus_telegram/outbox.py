@@ -41,7 +41,7 @@ class Entry(msgspec.Struct, omit_defaults=True):
     as_plain: bool = False
 
     def shown(self, text: str) -> str:
-        return text if self.repeats == 1 else f"{text}\n(×{self.repeats})"  # noqa: RUF001 - the sign is meant
+        return text if self.repeats == 1 else f"{text}\n(×{self.repeats})"
 
     def text(self) -> str:
         return self.shown(self.plain if self.as_plain else self.html)

@@ -140,7 +140,7 @@ class Relay:
         return group is not None and bus_seq <= group.last_seq
 
     def _recent(self, earlier: Entry, event: Any) -> bool:
-        return abs(event.timestamp - earlier.at) <= self.settings.coalesce_s
+        return bool(abs(event.timestamp - earlier.at) <= self.settings.coalesce_s)
 
     # -- to Telegram ----------------------------------------------------------------------------
 

@@ -214,7 +214,7 @@ def _fire(view: _View) -> tuple[list[Line], int, str]:
     return lines, HIGH, identity
 
 
-_OUTCOME_MARKS = {"WIN": "✅", "LOSS": "❌", "BREAKEVEN": "➖", "TIMEOUT": "⌛", "CANCELLED": "🚫"}  # noqa: RUF001
+_OUTCOME_MARKS = {"WIN": "✅", "LOSS": "❌", "BREAKEVEN": "➖", "TIMEOUT": "⌛", "CANCELLED": "🚫"}
 
 
 def _outcome(view: _View) -> tuple[list[Line], int, str]:
@@ -237,20 +237,22 @@ def _alert(view: _View) -> tuple[list[Line], int, str]:
     name = view.text("name", "code", "kind", "alert", "rule")
     component = view.text("component") or view.event.source
     title = view.free("title") or name.replace("_", " ") or "alert"
+    cleared = view.text("state") == "cleared"
+    words = ("CLEARED" if cleared else severity.upper(), title)
     lines: list[Line] = [
-        [("⚠️ ", ""), (" ".join(part for part in (severity.upper(), title) if part), "b")],
+        [("✅ " if cleared else "⚠️ ", ""), (" ".join(part for part in words if part), "b")],
         [(view.free("message", "text", "detail", "reason"), "")],
         [(component, "code")],
     ]
     priority = {"critical": CRITICAL, "error": CRITICAL, "info": NORMAL, "low": LOW}.get(severity, HIGH)
-    return lines, priority, "|".join((component, severity, name or title, view.symbol))
+    return lines, priority, "|".join((component, *words[:1], name or title, view.symbol))
 
 
 def _released(view: _View) -> tuple[list[Line], int, str]:
-    slot = view.text("slot", "slot_id", "slot_no")
+    used, most = view.figure("{:.0f}", "slots_used"), view.figure("{:.0f}", "slots_max")
     lines: list[Line] = [
-        _head("🔓", view, f"slot {slot} released" if slot else "slot released"),
-        _details(view.free("reason"), view.text("outcome")),
+        _head("🔓", view, "slot released"),
+        _details(view.text("method").replace("_", " "), f"{used} of {most} slots used" if used and most else ""),
         [(view.text("fire_id", "signal_id"), "code")],
     ]
     return lines, LOW, ""

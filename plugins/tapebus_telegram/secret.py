@@ -115,7 +115,7 @@ def read_token(where: Any) -> Secret:
     """
     key = "plugins.telegram.token"
     if not isinstance(where, Mapping) or set(where) not in ({"file"}, {"env"}):
-        raise ConfigError(f'{key}: write {{ file = "PATH" }} or {{ env = "NAME" }}; the token itself may not stand here')
+        raise ConfigError(f'{key}: write {{ file = "PATH" }} or {{ env = "NAME" }}; never the token itself')
     if not all(isinstance(value, str) and value for value in where.values()):
         raise ConfigError(f"{key}: the name of the file or of the variable must be a non-empty string")
     if "env" in where:
