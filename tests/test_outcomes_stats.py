@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from tapebus.errors import ConfigError
 from tapebus_outcomes.stats import OUTCOMES, breakeven_win_rate, summarise, wilson
 from tapebus_outcomes.symbols import Symbols
