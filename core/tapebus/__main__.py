@@ -1,0 +1,7 @@
+"""``python -m tapebus``: the same as the ``tapebus`` command."""
+
+import sys
+
+from tapebus.cli import main
+
+sys.exit(main())
