@@ -19,7 +19,6 @@ import tapebus_store
 from tapebus.errors import CorruptError, StoreError, StoreFull
 from tapebus.store import Commit, Unit
 
-
 sys.path.insert(0, str(Path(__file__).parent))
 from store_support import fill, open_store, raws, upkeep
 

@@ -71,6 +71,8 @@ class InstanceLock:
     def release(self) -> None:
         if self._fd >= 0 and self._pid == os.getpid():
             _locks.remove(self._fd)
+            # A child forked a moment ago may still share the descriptor: closing ours would not unlock.
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
             os.close(self._fd)
         self._fd = -1
 

@@ -51,7 +51,7 @@ class Header(NamedTuple):
     codec: int
     flags: int
     first_seq: int
-    count: int
+    events: int
     raw_length: int
     min_time: float
     max_time: float
@@ -62,7 +62,7 @@ class Header(NamedTuple):
 
     @property
     def last_seq(self) -> int:
-        return self.first_seq + self.count - 1
+        return self.first_seq + self.events - 1
 
 
 def encode_block(block: Block, compressor: zstandard.ZstdCompressor, flags: int = 0) -> bytes:
@@ -120,7 +120,7 @@ def decode_block(header: Header, stored: bytes, decompressor: zstandard.ZstdDeco
         raise CorruptError(f"tape: the events at {where} have {len(stored)} bytes instead of {header.raw_length}")
     return Block(
         first_seq=header.first_seq,
-        count=header.count,
+        count=header.events,
         min_time=header.min_time,
         max_time=header.max_time,
         min_received=header.min_received,
@@ -144,9 +144,9 @@ def run_mark(value: bytes | memoryview) -> int:
     return int(_RUN.unpack_from(value)[1])
 
 
-def decode_run(key: bytes, value: bytes | memoryview) -> bytes:
-    """The run stored under `key`, verified. Raises `CorruptError`."""
-    run = bytes(value[RUN_HEADER:])
+def decode_run(key: bytes, value: bytes | memoryview) -> memoryview:
+    """The run stored under `key`, verified and not copied. Raises `CorruptError`."""
+    run = memoryview(value)[RUN_HEADER:]
     if len(value) < RUN_HEADER or _RUN.unpack_from(value)[1] != crc32c(run, crc32c(key)):
         raise CorruptError(f"tape: the correlation index from bus_seq {key_seq(key)} does not match its checksum")
     return run

@@ -56,7 +56,7 @@ class LmdbReader:
 
     def _entries(self, database: str, prefix: bytes = b"") -> list[tuple[bytes, bytes]]:
         """All entries of a small database whose key starts with `prefix`, verified."""
-        found = []
+        found: list[tuple[bytes, bytes]] = []
         with self._env.reading() as txn, txn.cursor(self._env.dbs[database]) as cursor:
             if not cursor.set_range(prefix):
                 return found
@@ -196,7 +196,7 @@ class LmdbReader:
 
     def _hits(self, wanted: int) -> list[int]:
         """Sequence numbers in the index under the hash `wanted`, ascending."""
-        hits = []
+        hits: list[int] = []
         with self._env.reading() as txn, txn.cursor(self._env.dbs["corr"]) as cursor:
             for key, value in cursor:
                 first = layout.key_seq(key)

@@ -107,14 +107,14 @@ class Upkeep:
                 value = cursor.value()
                 header = layout.decode_header(cursor.key(), value)
                 try:
-                    block = layout.decode_block(header, value[layout.HEADER_SIZE :], self._expand)
+                    block = layout.decode_block(header, bytes(value[layout.HEADER_SIZE :]), self._expand)
                 except CorruptError:
                     if not blocks:
                         self._leave_damaged(tape, header)
                     break
                 blocks.append(block)
                 stored += len(value)
-                events += header.count
+                events += header.events
                 raw += header.raw_length
                 found = cursor.next()
         return blocks, stored
@@ -123,7 +123,7 @@ class Upkeep:
     def _leave_damaged(tape: books.TapeRecord, header: layout.Header) -> None:
         tape.damaged += 1
         tape.hot_blocks -= 1
-        tape.hot_events -= header.count
+        tape.hot_events -= header.events
         tape.hot_raw -= header.raw_length
         tape.sealed_blocks += 1
         tape.sealed_to = header.last_seq
@@ -141,8 +141,8 @@ class Upkeep:
         with txn.cursor(self._env.dbs["corr"]) as cursor:
             more = cursor.set_range(layout.seq_key(first))
             while more and layout.key_seq(cursor.key()) <= last:
-                key, value = cursor.key(), cursor.value()
-                found.append((key, layout.decode_run(key, value)))
+                key, value = bytes(cursor.key()), cursor.value()
+                found.append((key, bytes(layout.decode_run(key, value))))
                 tape.corr_bytes -= len(value)
                 more = cursor.delete() and len(cursor.key()) > 0
         if not found:
@@ -166,15 +166,10 @@ class Upkeep:
         with self._env.reading() as txn, txn.cursor(self._env.dbs["blocks"]) as cursor:
             if not cursor.first():
                 return False
-            value = cursor.value()
-            return self._breaks(tape, layout.decode_header(cursor.key(), value), len(value), now)
+            return self._breaks(tape, layout.decode_header(cursor.key(), cursor.value()), now)
 
-    def _breaks(self, tape: books.TapeRecord, oldest: layout.Header, size: int, now: float) -> bool:
-        """Whether the tape still has too much when it holds `oldest` (stored in `size` bytes).
-
-        Count and bytes are met from above: a block goes only when the rest still reaches the limit
-        or the limit is exceeded with it.
-        """
+    def _breaks(self, tape: books.TapeRecord, oldest: layout.Header, now: float) -> bool:
+        """Whether a tape whose oldest block is `oldest` still has too much, by any of the rules."""
         config = self._config
         if config.max_events and tape.events > config.max_events:
             return True
@@ -192,7 +187,7 @@ class Upkeep:
                     break
                 value = cursor.value()
                 header = layout.decode_header(cursor.key(), value)
-                if not self._breaks(tape, header, len(value), now):
+                if not self._breaks(tape, header, now):
                     break
                 self._forget(tape, header, len(value))
                 cursor.delete()
@@ -202,14 +197,14 @@ class Upkeep:
 
     @staticmethod
     def _forget(tape: books.TapeRecord, header: layout.Header, size: int) -> None:
-        tape.events -= header.count
+        tape.events -= header.events
         tape.block_bytes -= size
         tape.raw_bytes -= header.raw_length
         if header.last_seq <= tape.sealed_to:
             tape.sealed_blocks -= 1
         else:
             tape.hot_blocks -= 1
-            tape.hot_events -= header.count
+            tape.hot_events -= header.events
             tape.hot_raw -= header.raw_length
 
     def _drop_runs(self, txn: lmdb.Transaction, tape: books.TapeRecord, kept_from: int) -> None:

@@ -201,8 +201,8 @@ class LmdbStore(LmdbReader):
             self._write_unit(txn, unit)
         for number, name in commit.topics.items():
             self._put(txn, "meta", books.TOPIC_PREFIX + str(number).encode(), name.encode())
-        for name, value in commit.counters.items():
-            self._put(txn, "meta", books.COUNTER_PREFIX + name.encode(), str(value).encode())
+        for name, figure in commit.counters.items():
+            self._put(txn, "meta", books.COUNTER_PREFIX + name.encode(), str(figure).encode())
         for letter in commit.dead:
             tape.last_dead += 1
             tape.dead += 1
