@@ -120,6 +120,7 @@ cdef struct source_t:
     uint32_t producer
     uint8_t router
     uint8_t wrap
+    uint8_t rename
     char json[512]
     char pack[512]
     int pack_size
@@ -160,6 +161,7 @@ cdef class Ingest:
         public object samples          # callable(frame: bytes, reason: str), called with the GIL
         dict rejects                   # session producer -> ranges not yet told
         int n_rejects
+        dict renames                   # socket index -> {found key: stored key}
         readonly list keep             # pyzmq sockets, kept alive
 
     def __cinit__(self, Ring ring not None, uint64_t instance, bint durable=True,
@@ -175,6 +177,7 @@ cdef class Ingest:
         if self.sources == NULL or self.sessions == NULL:
             raise MemoryError
         self.rejects = {}
+        self.renames = {}
         self.keep = []
 
     def __dealloc__(self):
@@ -182,8 +185,11 @@ cdef class Ingest:
         free(self.sessions)
         free(self.items.v)
 
-    def add(self, socket, uint32_t producer=0, bint router=False, str event_type="", str source=""):
-        """Read `socket` (a bound or connected pyzmq socket); with `event_type`, wrap its bare payloads."""
+    def add(self, socket, uint32_t producer=0, bint router=False, str event_type="", str source="", dict fields=None):
+        """Read `socket` (a bound or connected pyzmq socket); with `event_type`, wrap its bare payloads.
+
+        `fields` renames keys of the payload; only then does the frame pass through Python.
+        """
         cdef source_t *s
         cdef bytes text
         if self.n_sources >= MAX_SOCKETS:
@@ -205,6 +211,9 @@ cdef class Ingest:
             memcpy(s.pack, PyBytes_AS_STRING(text), len(text))
             s.pack_size = len(text)
             s.wrap = 1
+        if fields:
+            self.renames[self.n_sources] = fields
+            s.rename = 1
         self.keep.append(socket)
         self.n_sources += 1
 
@@ -368,6 +377,9 @@ cdef class Ingest:
                 self.sample(entry.data, entry.size, b"oversize")
                 self.ring.release(entry)
                 continue
+            if source.rename:
+                with gil:
+                    self._rename(source, entry)
             if source.wrap and not self.wrap(source, entry):
                 n = -2
             else:
@@ -415,12 +427,44 @@ cdef class Ingest:
             size += end - p
             made[size] = 125
             size += 1
-        msg_close(&entry.msg)
-        entry.has_msg = 0
+        if entry.has_msg:
+            msg_close(&entry.msg)
+            entry.has_msg = 0
+        free(entry.owned)
         entry.owned = made
         entry.data = made
         entry.size = size
         return True
+
+    cdef void _rename(self, source_t *source, entry_t *entry) noexcept:
+        """Replace the payload by one with its keys renamed; a payload that is no map is left alone."""
+        cdef bytes made
+        cdef void *copy
+        try:
+            raw = PyBytes_FromStringAndSize(<char *>entry.data, entry.size)
+            codec = msgspec.msgpack if raw[0] >= 0x80 else msgspec.json
+            if codec is msgspec.json:
+                raw = raw[raw.index(b"{"):]
+            fields = self.renames[source - self.sources]
+            found = codec.decode(raw)
+            inner = found["data"] if isinstance(found.get("data"), dict) else found
+            renamed = {fields.get(key, key): value for key, value in inner.items()}
+            if inner is not found:
+                renamed = {**found, "data": renamed}
+            made = codec.encode(renamed)
+            copy = malloc(len(made) + 1)
+            if copy == NULL:
+                return
+            memcpy(copy, PyBytes_AS_STRING(made), len(made))
+            if entry.has_msg:
+                msg_close(&entry.msg)
+                entry.has_msg = 0
+            free(entry.owned)
+            entry.owned = copy
+            entry.data = <uint8_t *>copy
+            entry.size = <uint32_t>len(made)
+        except BaseException:
+            return
 
     cdef void sample_scan(self, const uint8_t *data, size_t size, int error) noexcept nogil:
         with gil:

@@ -324,6 +324,7 @@ cdef class Ring:
         cdef uint64_t topics = 0
         cdef double low = 0, high = 0, received = 0
         cdef bint timed = False
+        cdef int urgent = 0
         payload = PyBytes_FromStringAndSize(NULL, HEAD_SIZE + <size_t>COLUMNS_SIZE * count + size)
         corr = PyBytes_FromStringAndSize(NULL, <size_t>CORR_SIZE * n_corr)
         columns_at(<uint8_t *>PyBytes_AS_STRING(payload), count, &to)
@@ -351,6 +352,7 @@ cdef class Ring:
                     to.topic[k] = item.topic
                     to.flags[k] = item.flags
                     to.priority[k] = item.priority
+                    urgent += item.priority > 1
                     topics |= <uint64_t>1 << (item.topic & 63)
                     if not item.flags & UNTIMED:
                         if not timed or item.time < low:
@@ -369,7 +371,7 @@ cdef class Ring:
         self.next_seq += count
         if not timed:
             low = high = received
-        return Block(first_seq, count, low, high, received, before / 1e6, topics, payload, corr)
+        return Block(first_seq, count, low, high, received, before / 1e6, topics, payload, corr, urgent)
 
     def _settle(self, int64_t first, int64_t last):
         """Update the accounts and release the entries; the indexes of the producers that changed."""

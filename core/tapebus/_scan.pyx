@@ -31,6 +31,8 @@ cdef extern from *:
     uint32_t be32(const uint8_t *p) noexcept nogil
     uint64_t be64(const uint8_t *p) noexcept nogil
 
+JSON_FLAG, ALIASED_FLAG, NONFINITE_FLAG, EXTENSION_FLAG, UNTIMED_FLAG = JSON, ALIASED, NONFINITE, EXTENSION, UNTIMED
+
 REASONS = {
     ERR_EMPTY: "the frame is empty",
     ERR_SYNTAX: "neither JSON nor MessagePack",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -97,3 +97,10 @@ class Context(Protocol):
         ``timestamp`` defaults to that of `cause` (event time), else to the wall clock;
         ``correlation_id`` defaults to that of `cause`; ``causation_id`` is ``"bus:<bus_seq>"`` of `cause`.
         """
+
+
+def covers(topics: Iterable[str], event_type: str) -> bool:
+    """Whether one of `topics` (exact, ``prefix.*`` or ``*``) covers `event_type`."""
+    return any(
+        topic in ("*", event_type) or (topic.endswith(".*") and event_type.startswith(topic[:-1])) for topic in topics
+    )

@@ -21,8 +21,8 @@ hookimpl = pluggy.HookimplMarker("tapebus")
 
 
 @hookspec
-def tapebus_register_event_types() -> list[EventType]:
-    """Return the event types this plugin defines."""
+def tapebus_register_event_types(config: dict[str, Any]) -> list[EventType]:
+    """Return the event types this plugin defines; `config` is the plugin's own table."""
     raise NotImplementedError
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -72,10 +72,11 @@ def call_one(manager: pluggy.PluginManager, hook: str, name: str, **arguments: A
     return None
 
 
-def registry(manager: pluggy.PluginManager) -> Registry:
-    """The event types of all registered plugins."""
+def registry(manager: pluggy.PluginManager, config: Callable[[str], dict[str, Any]] = lambda name: {}) -> Registry:
+    """The event types of all registered plugins; ``config(name)`` is the table of the plugin called `name`."""
     found = Registry()
     for implementation in reversed(manager.hook.tapebus_register_event_types.get_hookimpls()):
-        for event_type in implementation.function():
+        table = {"config": config(implementation.plugin_name)}
+        for event_type in implementation.function(*(table[name] for name in implementation.argnames)):
             found.add(event_type)
     return found

@@ -32,10 +32,17 @@ class Block(Struct, gc=False):
     topics: int
     payload: bytes
     corr: bytes = b""
+    #: How many of its events have priority HIGH or CRITICAL; not kept on the tape.
+    urgent: int = 0
 
     @property
     def last_seq(self) -> int:
         return self.first_seq + self.count - 1
+
+    @property
+    def weight(self) -> int:
+        """Bytes in memory."""
+        return len(self.payload) + len(self.corr)
 
 
 class ProducerBook(Struct):

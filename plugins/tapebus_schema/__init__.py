@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tapebus.events import EventType
 from tapebus.hookspecs import hookimpl
-from tapebus_schema.catalog import apply_policies, default_types, event_types
+from tapebus_schema.catalog import apply_policies, event_types
 from tapebus_schema.listing import json_schema, json_schemas
 
 if TYPE_CHECKING:
@@ -24,9 +24,9 @@ __all__ = [
 
 
 @hookimpl
-def tapebus_register_event_types() -> list[EventType]:
-    """Every event type with its default policy; `event_types` applies a configuration."""
-    return default_types()
+def tapebus_register_event_types(config: dict[str, Any]) -> list[EventType]:
+    """Every event type, with the policies of ``[plugins.schema]`` applied."""
+    return event_types(config)
 
 
 @hookimpl

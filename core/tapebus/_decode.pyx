@@ -1,0 +1,204 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+"""The compiled part of decoding and fan-out: gather, stamp, check and split runs of events."""
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.list cimport PyList_Append, PyList_GET_ITEM, PyList_GET_SIZE, PyList_New
+from cpython.object cimport PyObject
+from cpython.ref cimport Py_DECREF, Py_INCREF
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memcpy
+
+from tapebus._blocks cimport BlockView
+from tapebus._scan cimport ALIASED, EXTENSION, JSON, NONFINITE, UNTIMED, Topics
+
+from tapebus.events import Event
+
+cdef extern from *:
+    """
+    #include <Python.h>
+    #include <structmember.h>
+    /* Where a msgspec struct keeps a field; the field's slot holds a strong reference. */
+    static Py_ssize_t tb_slot(PyObject *descriptor) {
+        if (!PyObject_TypeCheck(descriptor, &PyMemberDescr_Type)) return -1;
+        return ((PyMemberDescrObject *)descriptor)->d_member->offset;
+    }
+    static inline void tb_set(PyObject *object, Py_ssize_t offset, PyObject *value) {
+        PyObject **slot = (PyObject **)((char *)object + offset);
+        PyObject *old = *slot;
+        Py_INCREF(value);
+        *slot = value;
+        Py_XDECREF(old);
+    }
+    """
+    Py_ssize_t tb_slot(object descriptor)
+    void tb_set(object o, Py_ssize_t offset, object value)
+
+cdef Py_ssize_t SEQ_SLOT = tb_slot(Event.__dict__["bus_seq"])
+cdef Py_ssize_t ORIGIN_SLOT = tb_slot(Event.__dict__["origin"])
+if SEQ_SLOT <= 0 or ORIGIN_SLOT <= 0:
+    raise ImportError("msgspec lays out structs in an unknown way: install the version tapebus was tested with")
+
+cdef enum:
+    TYPED_PACK = 0
+    TYPED_JSON = 1
+    SINGLE = 2
+
+SINGLE_RUN = SINGLE
+
+
+cdef inline int kind_of(Topics topics, uint16_t topic, uint8_t flags) noexcept nogil:
+    if flags & (ALIASED | NONFINITE | EXTENSION | UNTIMED) or not topics.typed[topic]:
+        return SINGLE
+    return flags & JSON
+
+
+def gather(Topics topics not None, BlockView view not None, uint32_t start, uint32_t stop):
+    """Runs ``(kind, first, count, buffer)`` that together are the events `start` to `stop`.
+
+    `buffer` is one MessagePack or JSON array of the run's events, or one bare event (kind ``SINGLE``).
+    """
+    cdef uint32_t i = start, first, n, k
+    cdef int kind
+    cdef size_t size
+    cdef uint8_t *out
+    cdef uint16_t *topic = view.columns.topic
+    cdef uint8_t *flags = view.columns.flags
+    runs = []
+    stop = min(stop, view.count)
+    while i < stop:
+        first = i
+        kind = kind_of(topics, topic[i], flags[i])
+        i += 1
+        if kind != SINGLE:
+            while i < stop and kind_of(topics, topic[i], flags[i]) == kind:
+                i += 1
+        n = i - first
+        size = view.offsets[i] - view.offsets[first]
+        if kind == TYPED_PACK:
+            buffer = PyBytes_FromStringAndSize(NULL, size + 5)
+            out = <uint8_t *>PyBytes_AS_STRING(buffer)
+            out[0] = 0xdd
+            out[1] = n >> 24
+            out[2] = (n >> 16) & 255
+            out[3] = (n >> 8) & 255
+            out[4] = n & 255
+            memcpy(out + 5, view.columns.data + view.offsets[first], size)
+        elif kind == TYPED_JSON:
+            buffer = PyBytes_FromStringAndSize(NULL, size + n + 1)
+            out = <uint8_t *>PyBytes_AS_STRING(buffer)
+            for k in range(first, i):
+                out[0] = 44 if k > first else 91
+                memcpy(out + 1, view.columns.data + view.offsets[k], view.columns.size[k])
+                out += 1 + view.columns.size[k]
+            out[0] = 93
+        else:
+            buffer = PyBytes_FromStringAndSize(<char *>view.columns.data + view.offsets[first], size)
+        runs.append((kind, first, n, buffer))
+    return runs
+
+
+def stamp(list events not None, BlockView origin not None, uint32_t first):
+    """Write ``bus_seq`` and ``origin`` into freshly decoded events nobody else has seen yet.
+
+    The structs are frozen for everybody else; the slots are written directly (see tb_set).
+    """
+    cdef Py_ssize_t i, n = PyList_GET_SIZE(events)
+    cdef uint64_t seq = origin.first_seq + first
+    for i in range(n):
+        event = <object>PyList_GET_ITEM(events, i)
+        if not isinstance(event, Event):
+            raise TypeError("only events can be stamped")
+        tb_set(event, SEQ_SLOT, seq + i)
+        tb_set(event, ORIGIN_SLOT, origin)
+
+
+def run_checks(list events not None, BlockView view not None, uint32_t first, list checks not None):
+    """Apply ``checks[topic]`` to each event; the list of ``(index, reason)`` of those that break a rule."""
+    cdef Py_ssize_t i, n = PyList_GET_SIZE(events), limit = PyList_GET_SIZE(checks)
+    cdef uint16_t topic
+    broken = None
+    for i in range(n):
+        topic = view.columns.topic[first + i]
+        if topic >= limit:
+            continue
+        check = <object>PyList_GET_ITEM(checks, topic)
+        if check is None:
+            continue
+        try:
+            reason = check(<object>PyList_GET_ITEM(events, i))
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+        if reason is not None:
+            if broken is None:
+                broken = []
+            broken.append((i, reason))
+    return broken
+
+
+def split(list events not None, BlockView view not None, uint32_t first, list masks not None, int groups):
+    """Sort the events (None is skipped) into one list for each group whose bit is in ``masks[topic]``."""
+    cdef Py_ssize_t i, n = PyList_GET_SIZE(events)
+    cdef uint64_t mask
+    cdef int g
+    cdef list each
+    out = [[] for _ in range(groups)]
+    for i in range(n):
+        event = <object>PyList_GET_ITEM(events, i)
+        if event is None:
+            continue
+        mask = masks[view.columns.topic[first + i]]
+        g = 0
+        while mask:
+            if mask & 1:
+                each = <list>PyList_GET_ITEM(out, g)
+                PyList_Append(each, event)
+            mask >>= 1
+            g += 1
+    return out
+
+
+cdef class Batch:
+    """New events for one consumer, in bus order. Iterating remembers how far the handler came."""
+
+    cdef:
+        readonly list events
+        readonly Py_ssize_t position    # events handed out so far by the running iteration
+
+    def __cinit__(self, list events not None):
+        self.events = events
+        self.position = 0
+
+    @property
+    def first_seq(self):
+        return self.events[0].bus_seq if self.events else 0
+
+    @property
+    def last_seq(self):
+        return self.events[len(self.events) - 1].bus_seq if self.events else 0
+
+    def __len__(self):
+        return PyList_GET_SIZE(self.events)
+
+    def __getitem__(self, index):
+        return self.events[index]
+
+    def __iter__(self):
+        self.position = 0
+        return BatchIterator(self)
+
+
+cdef class BatchIterator:
+    cdef Batch batch
+
+    def __cinit__(self, Batch batch not None):
+        self.batch = batch
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        cdef Py_ssize_t i = self.batch.position
+        if i >= PyList_GET_SIZE(self.batch.events):
+            raise StopIteration
+        self.batch.position = i + 1
+        return <object>PyList_GET_ITEM(self.batch.events, i)

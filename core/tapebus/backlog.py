@@ -1,0 +1,139 @@
+"""The queue between two threads of the bus: bounded, and backed by the tape.
+
+When it overflows it forgets its content and the taker continues from the tape, so that a slow
+taker costs nobody memory and loses nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+
+class Item(Protocol):
+    """Consecutive events; `weight` is what counts against the capacity of the queue."""
+
+    first_seq: int
+    last_seq: int
+    weight: int
+
+
+class Backlog:
+    """One giver, one taker. `load(after)` yields the items above a sequence number from the tape.
+
+    With ``load=None`` (no store) `put` waits for room instead; with ``lossy`` it drops the oldest
+    and counts them in ``lost``.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        cursor: int,
+        last_seq: int,
+        load: Callable[[int], Iterator[Any]] | None,
+        *,
+        lossy: bool = False,
+    ) -> None:
+        self._items: deque[Any] = deque()
+        self._changed = threading.Condition(threading.Lock())
+        self._capacity = capacity
+        self._weight = 0
+        self._load = load
+        self._lossy = lossy
+        self._from_tape: Iterator[Any] | None = None
+        self.cursor = cursor
+        self.last_seq = last_seq
+        self.lapped = load is not None and cursor < last_seq
+        self.lost = 0
+        self.closed = False
+
+    def put(self, item: Any) -> None:
+        """Hand over the next item; called by the giver in order, after it is durable."""
+        with self._changed:
+            self.last_seq = item.last_seq
+            if self.lapped:
+                self._changed.notify()
+                return
+            while self._weight >= self._capacity and not self.closed:
+                if self._lossy:
+                    dropped = self._items.popleft()
+                    self._weight -= dropped.weight
+                    self.lost += dropped.last_seq - dropped.first_seq + 1
+                elif self._load is None:
+                    self._changed.wait()
+                else:
+                    self._items.clear()
+                    self._weight = 0
+                    self.lapped = True
+                    break
+            if not self.lapped:
+                self._items.append(item)
+                self._weight += item.weight
+            self._changed.notify()
+
+    def get(self, timeout: float | None) -> Any | None:
+        """The next item, or None when there is none within `timeout` seconds or the queue is closed."""
+        with self._changed:
+            if not self.lapped and not self._items and not self.closed:
+                self._changed.wait(timeout)
+            if not self.lapped:
+                if not self._items:
+                    return None
+                item = self._items.popleft()
+                self._weight -= item.weight
+                self.cursor = item.last_seq
+                self._changed.notify()
+                return item
+        return self._next_from_tape()
+
+    def _next_from_tape(self) -> Any | None:
+        assert self._load is not None
+        if self._from_tape is None:
+            self._from_tape = self._load(self.cursor)
+        item = next(self._from_tape, None)
+        if item is not None:
+            self.cursor = item.last_seq
+            return item
+        self._from_tape = None
+        with self._changed:
+            # nothing was queued while lapped, so being level with the giver means having missed nothing
+            if self.cursor >= self.last_seq:
+                self.lapped = False
+        return None
+
+    def urgent(self) -> list[Any]:
+        """Queued items that hold HIGH or CRITICAL events, beyond the one to be taken next."""
+        with self._changed:
+            return [item for item in list(self._items)[1:] if item.urgent] if len(self._items) > 1 else []
+
+    def rewind(self, cursor: int) -> None:
+        """Go back to `cursor` and continue from the tape; called by the taker."""
+        with self._changed:
+            if self._load is None:
+                return
+            self._items.clear()
+            self._weight = 0
+            self._from_tape = None
+            self.cursor = cursor
+            self.lapped = True
+
+    def wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Let `get` return what is left and then None at once."""
+        with self._changed:
+            self.closed = True
+            self._changed.notify_all()
+
+    @property
+    def drained(self) -> bool:
+        with self._changed:
+            return not self._items and not self.lapped
+
+    @property
+    def lag(self) -> int:
+        return max(0, self.last_seq - self.cursor)

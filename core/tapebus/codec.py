@@ -1,0 +1,215 @@
+"""Decode blocks into typed events: whole runs at once, one by one only where something is odd."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NamedTuple
+
+import msgspec
+
+from tapebus._decode import SINGLE_RUN, gather, run_checks, stamp
+from tapebus._scan import EXTENSION_FLAG, JSON_FLAG, NONFINITE_FLAG, Topics
+from tapebus.blocks import BlockView
+from tapebus.events import ENVELOPE_KEYS, Event, EventType, GenericEvent, Registry, Wire
+from tapebus.store import Block
+
+_ENVELOPE_DEFAULTS = {"timestamp": 0.0, "source": ""}
+
+
+class Fault(NamedTuple):
+    """One event that did not pass: its index in the slice, a short reason, and the message."""
+
+    index: int
+    reason: str
+    detail: str
+    event: Event | None
+
+
+class Codec:
+    """Decoders for the types of one registry. One instance per thread; not fork-sensitive."""
+
+    def __init__(self, registry: Registry, topics: Topics | None = None) -> None:
+        self.registry = registry
+        union = registry.union()
+        self._pack_list = msgspec.msgpack.Decoder(list[union])
+        self._json_list = msgspec.json.Decoder(list[union])
+        self._pack_any = msgspec.msgpack.Decoder()
+        self._json_any = msgspec.json.Decoder()
+        self._checks: list[Any] = []
+        self._known = -1
+        self.topics = topics if topics is not None else Topics()
+
+    def register_topics(self) -> None:
+        """Give every registered type a topic number and its aliases; done once, by the owner of the table."""
+        for name, event_type in self.registry.types.items():
+            self.topics.register(name, event_type.aliases)
+
+    def _checks_by_topic(self) -> list[Any]:
+        if self._known != len(self.topics):
+            self._known = len(self.topics)
+            names = self.topics.after(0)
+            types = self.registry.types
+            self._checks = [None] + [types[n].check if n in types else None for n in names.values()]
+        return self._checks
+
+    # -- live ------------------------------------------------------------------------------------
+
+    def decode(self, view: BlockView, start: int = 0, stop: int = 0xFFFFFFFF) -> tuple[list[Event | None], list[Fault]]:
+        """The events `start` to `stop` of `view` with None where one failed, and what failed.
+
+        A fault of an event whose type has the policy ``pass`` keeps the event where it could be typed.
+        """
+        events: list[Event | None] = []
+        faults: list[Fault] = []
+        checks = self._checks_by_topic()
+        for kind, first, count, buffer in gather(self.topics, view, start, stop):
+            found: list[Any]
+            if kind == SINGLE_RUN:
+                found = [self._single(view, first, buffer, faults, first - start)]
+            else:
+                try:
+                    found = (self._json_list if kind else self._pack_list).decode(buffer)
+                except Exception:
+                    found = [
+                        self._single(view, i, view.raw(view.first_seq + i), faults, i - start)
+                        for i in range(first, first + count)
+                    ]
+                else:
+                    stamp(found, view, first)
+                    for i, reason in run_checks(found, view, first, checks) or ():
+                        self._broken(found, i, reason, faults, first + i - start)
+            events += found
+        return events, faults
+
+    def _broken(self, found: list[Any], i: int, reason: str, faults: list[Fault], index: int) -> None:
+        event = found[i]
+        faults.append(Fault(index, "schema", reason, event))
+        if self.registry.types[event.event_type].policy != "pass":
+            found[i] = None
+
+    def _single(self, view: BlockView, i: int, raw: bytes, faults: list[Fault], index: int) -> Event | None:
+        """One event the slow way: unregistered, spelled otherwise, or broken."""
+        seq = view.first_seq + i
+        flags = view.flags(seq)
+        try:
+            if flags & NONFINITE_FLAG:
+                raise _Refused("nonfinite", "holds NaN or an infinity")
+            if flags & EXTENSION_FLAG:
+                raise _Refused("extension", "holds a MessagePack extension type")
+            event = self.from_dict((self._json_any if flags & JSON_FLAG else self._pack_any).decode(raw))
+        except _Refused as refused:
+            faults.append(Fault(index, refused.reason, str(refused), None))
+            return None
+        except Exception as error:
+            faults.append(Fault(index, "schema", f"{type(error).__name__}: {error}"[:500], None))
+            return None
+        stamp([event], view, i)
+        event_type = self.registry.types.get(event.event_type)  # type: ignore[attr-defined]
+        if event_type is not None and event_type.check is not None:
+            reason = run_checks([event], view, i, self._checks_by_topic())
+            if reason:
+                faults.append(Fault(index, "schema", reason[0][1], event))
+                return event if event_type.policy == "pass" else None
+        return event
+
+    def from_dict(self, wire: dict[str, Any]) -> Event:
+        """A typed event from one decoded envelope: aliases renamed, then legacy values prepared.
+
+        Raises `msgspec.ValidationError` when it does not fit its type; an unregistered type
+        becomes a `GenericEvent`.
+        """
+        event_type = self.registry.types.get(wire["event_type"])
+        wire.pop("@bus_seq", None)
+        wire.pop("@origin", None)
+        if event_type is None:
+            return msgspec.convert(wire, GenericEvent)
+        data = wire.get("data")
+        if isinstance(data, dict):
+            wire["data"] = canonical(event_type, data)
+        cls = self.registry.classes[event_type.name]
+        try:
+            return msgspec.convert(wire, cls)
+        except msgspec.ValidationError:
+            if event_type.prepare is None or not isinstance(data, dict):
+                raise
+            wire["data"] = canonical(event_type, event_type.prepare(dict(data)))
+            wire["timestamp"] = _seconds(wire.get("timestamp"))
+            return msgspec.convert(wire, cls)
+
+    # -- readers ---------------------------------------------------------------------------------
+
+    def decode_block(
+        self, block: Block, topics: dict[int, str], after: int = 0, wanted: set[int] | None = None
+    ) -> list[Event]:
+        """Every event of `block` above `after` (of the topic numbers `wanted`), typed where possible.
+
+        What does not fit its type comes back as a `GenericEvent` with the payload as it is.
+        """
+        if len(self.topics) < len(topics):
+            self.topics = Topics()
+            self.topics.load(topics)
+            for name in topics.values():
+                if name in self.registry.types:
+                    self.topics.register(name, self.registry.types[name].aliases)
+            self._known = -1
+        view = BlockView(block.payload, block.first_seq)
+        start = max(0, after + 1 - block.first_seq)
+        events, _ = self.decode(view, start)
+        out: list[Event] = []
+        for i, event in enumerate(events, start):
+            seq = block.first_seq + i
+            if wanted is None or view.topic(seq) in wanted:
+                out.append(event if event is not None else self._generic(view, i))
+        return out
+
+    def _generic(self, view: BlockView, i: int) -> Event:
+        seq = view.first_seq + i
+        raw = view.raw(seq)
+        try:
+            # the standard library reads the NaN that strict decoders refuse
+            wire = json.loads(raw) if view.flags(seq) & JSON_FLAG else self._pack_any.decode(raw)
+            wire = {**_ENVELOPE_DEFAULTS, **{k: v for k, v in wire.items() if k in ENVELOPE_KEYS}}
+            if not isinstance(wire.get("data"), dict):
+                wire["data"] = {"value": wire.get("data")}
+            wire["timestamp"] = _seconds(wire["timestamp"])
+            event: Event = msgspec.convert(wire, GenericEvent, strict=False)
+        except Exception:
+            name = self.topics.name(view.topic(seq))
+            event = GenericEvent(event_type=name, timestamp=0.0, source="", data={})
+        stamp([event], view, i)
+        return event
+
+
+class _Refused(Exception):
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+def canonical(event_type: EventType, data: dict[str, Any]) -> dict[str, Any]:
+    """`data` with every alias renamed; a canonical field that is present and not None wins."""
+    aliases = event_type.aliases
+    out = {key: value for key, value in data.items() if key not in aliases}
+    for key, value in data.items():
+        name = aliases.get(key)
+        if name is not None and out.get(name) is None:
+            out[name] = value
+    return out
+
+
+def _seconds(value: Any) -> float:
+    """Unix seconds from what legacy programs write: a number, a numeric string or ISO 8601 (naive is UTC)."""
+    from datetime import UTC, datetime
+
+    if isinstance(value, (int, float)):
+        return float(value)
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        moment = datetime.fromisoformat(str(value))
+        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
+def encode_frame(events: list[Wire]) -> bytes:
+    """One MessagePack batch frame."""
+    return msgspec.msgpack.encode(events)

@@ -1,0 +1,99 @@
+"""The control socket: one JSON request, one JSON answer, for the owner of the data directory only."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import zmq
+
+from tapebus.config import Config
+from tapebus.errors import BusNotRunning, TapebusError
+
+
+def request(config: Config, message: dict[str, Any], timeout: float = 2.0) -> dict[str, Any]:
+    """Ask the bus that runs on `config`'s data directory.
+
+    Raises `BusNotRunning` when none answers within `timeout` seconds, `TapebusError` when it refuses.
+    """
+    endpoint = config.control_endpoint
+    path = endpoint.removeprefix("ipc://")
+    missing = BusNotRunning(f"no bus runs on {config.data_dir}: start one with `tapebus run`")
+    if endpoint.startswith("ipc://") and not os.path.exists(path):
+        raise missing
+    context = zmq.Context()
+    socket = context.socket(zmq.DEALER)
+    try:
+        for option, value in ((zmq.LINGER, 0), (zmq.SNDTIMEO, int(timeout * 1e3)), (zmq.RCVTIMEO, int(timeout * 1e3))):
+            socket.setsockopt(option, value)
+        socket.setsockopt(zmq.IMMEDIATE, 1)
+        socket.connect(endpoint)
+        try:
+            socket.send(msgspec.json.encode(message))
+            answer: dict[str, Any] = msgspec.json.decode(socket.recv())
+        except zmq.Again:
+            raise missing from None
+    finally:
+        socket.close(0)
+        context.term()
+    if "error" in answer:
+        raise TapebusError(str(answer["error"]))
+    return answer
+
+
+class Control(threading.Thread):
+    """Answers requests and runs what is due on a timer; `handlers` are called on this thread."""
+
+    def __init__(
+        self,
+        context: zmq.Context[Any],
+        endpoint: str,
+        handlers: dict[str, Callable[[dict[str, Any]], dict[str, Any]]],
+        on_timer: Callable[[], float],
+    ) -> None:
+        super().__init__(name="tapebus-control", daemon=True)
+        from tapebus.feed import bind
+
+        self._handlers = handlers
+        self._on_timer = on_timer
+        self._socket = context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 200)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, 64 << 10)
+        bind(self._socket, endpoint, "listen.control")
+        self._bell_read, self._bell_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._bell_read, zmq.POLLIN)
+        while True:
+            ready = dict(poller.poll(max(0.0, self._on_timer()) * 1e3))
+            if self._bell_read in ready:
+                break
+            if self._socket in ready:
+                identity, *parts = self._socket.recv_multipart()
+                if len(parts) == 1:
+                    self._socket.send_multipart((identity, self._answer(parts[0])), zmq.DONTWAIT)
+        self.discard()
+
+    def discard(self) -> None:
+        """Release the socket and the bell."""
+        self._socket.close()
+        os.close(self._bell_read)
+        os.close(self._bell_write)
+
+    def _answer(self, frame: bytes) -> bytes:
+        try:
+            message = msgspec.json.decode(frame, type=dict[str, Any])
+            handler = self._handlers.get(str(message.get("cmd")))
+            if handler is None:
+                return msgspec.json.encode({"error": f"unknown command; known: {', '.join(sorted(self._handlers))}"})
+            return msgspec.json.encode(handler(message))
+        except Exception as error:
+            return msgspec.json.encode({"error": f"{type(error).__name__}: {error}"})
+
+    def stop(self) -> None:
+        os.write(self._bell_write, b"x")

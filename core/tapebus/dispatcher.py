@@ -1,0 +1,206 @@
+"""The dispatcher thread: decodes each block once and fans its events out to all consumers."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from tapebus._decode import split
+from tapebus.backlog import Backlog
+from tapebus.blocks import BlockView
+from tapebus.codec import Codec, Fault
+from tapebus.consumer import covers
+from tapebus.events import DeadLetter, Event
+from tapebus.fence import Fence
+from tapebus.store import Block, StoreReader
+
+#: Bytes of undispatched blocks kept in memory; beyond it dispatch continues from the tape.
+BACKLOG_BYTES = 32 << 20
+LAG_BLOCKS_PER_TURN = 1
+
+
+class Slice:
+    """Decoded consecutive events on their way to a consumer with its own thread; None where one failed."""
+
+    __slots__ = ("events", "first_seq", "last_seq", "start", "urgent", "view", "weight")
+
+    def __init__(self, events: list[Any], view: BlockView, start: int, last_seq: int, urgent: bool = False) -> None:
+        self.events = events
+        self.view = view
+        self.start = start
+        self.first_seq = view.first_seq + start
+        self.last_seq = last_seq
+        self.weight = len(events)
+        self.urgent = urgent
+
+
+class FanOut:
+    """Which topics go to which of a few consumers, as one bit mask per topic number."""
+
+    def __init__(self, codec: Codec, topics: list[tuple[str, ...]]) -> None:
+        self._codec = codec
+        self._groups: list[tuple[str, ...]] = list(dict.fromkeys(topics))
+        self.index = [self._groups.index(each) for each in topics]
+        self._masks: list[int] = [self._mask("")]
+
+    def _mask(self, name: str) -> int:
+        return sum(1 << g for g, topics in enumerate(self._groups) if covers(topics, name))
+
+    def split(self, events: list[Event | None], view: BlockView, start: int) -> list[list[Event]]:
+        """One list of events for each consumer, in the order the topics were given."""
+        topics = self._codec.topics
+        if len(self._masks) <= len(topics):
+            self._masks += [self._mask(name) for name in topics.after(len(self._masks) - 1).values()]
+        groups = split(events, view, start, self._masks, len(self._groups))
+        return [groups[g] for g in self.index]
+
+
+class Dispatcher(threading.Thread):
+    """Owns the inline consumers. `deliver` is called by the tape thread, everything else runs here."""
+
+    def __init__(
+        self,
+        codec: Codec,
+        fences: list[Fence],
+        store: StoreReader | None,
+        cursor: int,
+        last_seq: int,
+        *,
+        max_batch: int,
+        bury: Callable[[DeadLetter], None],
+        fail: Callable[[BaseException], None],
+        reject_unknown: bool = False,
+    ) -> None:
+        super().__init__(name="tapebus-dispatch", daemon=True)
+        self.codec = codec
+        self.fences = fences
+        self.store = store
+        self.outlets: list[Any] = []
+        self._max_batch = max_batch
+        self._bury = bury
+        self._fail = fail
+        self._reject_unknown = reject_unknown
+        self._fan = FanOut(codec, [tuple(fence.consumer.topics) for fence in fences])
+        self._lanes = [fence for fence in fences if fence.consumer.lanes]
+        load = (lambda after: store.blocks(after)) if store is not None else None
+        self.backlog = Backlog(BACKLOG_BYTES, cursor, last_seq, load)
+        self.faults: dict[str, int] = {}
+        self._judged = last_seq
+        #: The last sequence number all live consumers have been offered.
+        self.done_seq = cursor
+        self._overtaken = 0
+
+    def deliver(self, block: Block) -> None:
+        """Take over a block that has just been committed."""
+        self.backlog.put(block)
+
+    def run(self) -> None:
+        try:
+            while True:
+                timeout = self._tick()
+                lagging = self._feed_lagging()
+                block = self.backlog.get(0.0 if lagging else timeout)
+                if block is not None:
+                    self._overtake()
+                    self._dispatch(block)
+                    self.done_seq = block.last_seq
+                elif self.backlog.closed and self.backlog.drained:
+                    break
+                elif not lagging and not self.backlog.lapped:
+                    self._rest()
+            for fence in self.fences:
+                fence.close_unit(force=True)
+        except BaseException as error:
+            self._fail(error)
+
+    def _tick(self) -> float | None:
+        """Run what is due; seconds until something else is, None for nothing to wait for."""
+        now = time.monotonic()
+        waits = [wait for fence in self.fences if (wait := fence.tick(now)) is not None]
+        waits += [0.25 for fence in self.fences if fence.state == "open" or fence.unsaved]
+        return min(waits, default=None)
+
+    def _rest(self) -> None:
+        for fence in self.fences:
+            if fence.unsaved:
+                fence.close_unit()
+
+    def _dispatch(self, block: Block) -> None:
+        view = BlockView(block.payload, block.first_seq)
+        for start in range(0, view.count, self._max_batch):
+            stop = min(start + self._max_batch, view.count)
+            events, faults = self.codec.decode(view, start, stop)
+            first, last = block.first_seq + start, block.first_seq + stop - 1
+            # what was judged before a restart is replayed only for the consumers that lag behind it
+            if faults and last > self._judged:
+                self._judge(faults, first, view)
+            if self._reject_unknown:
+                self._drop_unknown(events)
+            self._judged = max(self._judged, last)
+            urgent = block.urgent > 0
+            for outlet in self.outlets:
+                outlet.offer(Slice(events, view, start, last, urgent))
+            for fence, wanted in zip(self.fences, self._fan.split(events, view, start), strict=True):
+                if fence.cursor + 1 >= first and fence.ready:
+                    fence.offer(wanted, last)
+
+    def _judge(self, faults: list[Fault], first: int, view: BlockView) -> None:
+        for fault in faults:
+            seq = first + fault.index
+            if seq <= self._judged:
+                continue
+            self.faults[fault.reason] = self.faults.get(fault.reason, 0) + 1
+            name = self.codec.topics.name(view.topic(seq))
+            self._bury(DeadLetter("schema", fault.reason, fault.detail, seq, name, time.time()))
+
+    def _drop_unknown(self, events: list[Event | None]) -> None:
+        types = self.codec.registry.types
+        for i, event in enumerate(events):
+            if event is not None and event.event_type not in types:  # type: ignore[attr-defined]
+                events[i] = None
+
+    def _overtake(self) -> None:
+        """Hand urgent events of the backlog to the consumers that let them overtake."""
+        if not self._lanes:
+            return
+        for block in self.backlog.urgent():
+            if block.first_seq <= self._overtaken:
+                continue
+            self._overtaken = block.last_seq
+            view = BlockView(block.payload, block.first_seq)
+            for seq in view.urgent():
+                i = seq - block.first_seq
+                events, _ = self.codec.decode(view, i, i + 1)
+                for fence in self._lanes:
+                    if events[0] is not None and fence.ready and covers(fence.consumer.topics, events[0].event_type):  # type: ignore[attr-defined]
+                        fence.offer_ahead(list(filter(None, events)))
+
+    def _feed_lagging(self) -> bool:
+        """Give consumers that stood behind an open breaker a little of the tape; True while one lags."""
+        lagging = False
+        for fence in self.fences:
+            if self.store is None or fence.cursor >= self.backlog.cursor or not fence.ready:
+                continue
+            block = next(iter(self.store.blocks(fence.cursor)), None)
+            if block is None:
+                continue
+            for events, last in slices_for(self.codec, block, fence.cursor, fence.consumer.topics, self._max_batch):
+                if last > self.backlog.cursor or not fence.ready:
+                    break
+                fence.offer(events, last)
+            lagging = lagging or (fence.ready and fence.cursor < self.backlog.cursor)
+        return lagging
+
+
+def slices_for(
+    codec: Codec, block: Block, after: int, topics: Any, max_batch: int
+) -> Iterator[tuple[list[Event], int]]:
+    """The events of `block` above `after` that `topics` cover, with the last sequence number of each slice."""
+    view = BlockView(block.payload, block.first_seq)
+    for start in range(max(0, after + 1 - block.first_seq), view.count, max_batch):
+        stop = min(start + max_batch, view.count)
+        events, _ = codec.decode(view, start, stop)
+        wanted = [e for e in events if e is not None and covers(topics, e.event_type)]  # type: ignore[attr-defined]
+        yield wanted, block.first_seq + stop - 1

@@ -1,0 +1,122 @@
+"""The live feed: an XPUB socket that repeats events as they were published, for whoever subscribed."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Any
+
+import msgspec
+import zmq
+
+from tapebus._scan import JSON_FLAG
+from tapebus.backlog import Backlog
+from tapebus.dispatcher import Slice
+from tapebus.errors import TapebusError
+
+#: Events waiting for the feed thread; beyond it the oldest are dropped, which a subscriber sees by ``bus_seq``.
+CAPACITY = 262_144
+
+
+class Feed(threading.Thread):
+    """Lossy by nature: a slow subscriber loses messages at its high-water mark and slows nobody."""
+
+    def __init__(self, context: zmq.Context[Any], endpoint: str, prefix: str, hwm: int) -> None:
+        super().__init__(name="tapebus-feed", daemon=True)
+        self._prefix = f"{prefix}." if prefix else ""
+        self.backlog = Backlog(CAPACITY, 0, 0, None, lossy=True)
+        self._socket = context.socket(zmq.XPUB)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.SNDHWM, hwm)
+        self._socket.setsockopt(zmq.XPUB_VERBOSER, 1)
+        bind(self._socket, endpoint, "listen.feed")
+        self._subscriptions: dict[bytes, int] = {}
+        self._bell_read, self._bell_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self.sent = 0
+
+    def offer(self, piece: Slice) -> None:
+        """Take a slice when somebody listens; called by the dispatcher, never blocks."""
+        if self._subscriptions:
+            self.backlog.put(piece)
+            self._ring()
+
+    def _ring(self) -> None:
+        try:
+            os.write(self._bell_write, b"x")
+        except BlockingIOError:
+            pass  # the pipe is full of rings already
+
+    def run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._bell_read, zmq.POLLIN)
+        while not self.backlog.closed:
+            ready = dict(poller.poll())
+            if self._socket in ready:
+                self._read_subscriptions()
+            if self._bell_read in ready:
+                os.read(self._bell_read, 65536)
+            while (piece := self.backlog.get(0.0)) is not None:
+                self._send(piece)
+        self.discard()
+
+    def _read_subscriptions(self) -> None:
+        while True:
+            try:
+                message = self._socket.recv(zmq.DONTWAIT)
+            except zmq.Again:
+                return
+            if not message or message[0] > 1:
+                continue
+            topic = message[1:]
+            count = self._subscriptions.get(topic, 0) + (1 if message[0] else -1)
+            subscriptions = dict(self._subscriptions)
+            if count > 0:
+                subscriptions[topic] = count
+            else:
+                subscriptions.pop(topic, None)
+            self._subscriptions = subscriptions
+
+    def _send(self, piece: Slice) -> None:
+        wanted = tuple(self._subscriptions)
+        for event in piece.events:
+            if event is None:
+                continue
+            topic = (self._prefix + event.event_type).encode()
+            if topic.startswith(wanted):
+                self._socket.send_multipart((topic, as_published(event, piece)), zmq.DONTWAIT)
+                self.sent += 1
+
+    def discard(self) -> None:
+        """Release what a feed that never started holds."""
+        self._socket.close(0)
+        os.close(self._bell_read)
+        os.close(self._bell_write)
+
+    def stop(self) -> None:
+        """Send what is queued and end; the caller joins the thread."""
+        self.backlog.close()
+        self._ring()
+
+
+def as_published(event: Any, piece: Slice) -> bytes:
+    """The event as JSON in the spelling it was published in, with ``bus_seq`` added."""
+    seq = event.bus_seq
+    raw = piece.view.raw(seq)
+    if piece.view.flags(seq) & JSON_FLAG:
+        body: bytes = raw.rstrip()[:-1].rstrip()
+    else:
+        body = msgspec.json.encode(msgspec.msgpack.decode(raw))[:-1]
+    return b'%b,"bus_seq":%d}' % (body, seq)
+
+
+def bind(socket: Any, endpoint: str, key: str) -> None:
+    """Bind, or say in one line which port is taken."""
+    try:
+        socket.bind(endpoint)
+    except zmq.ZMQError as error:
+        raise TapebusError(
+            f"{key}: cannot listen on {endpoint}: {error.strerror}; stop the other program or configure another port"
+        ) from None
+
+

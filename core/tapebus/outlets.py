@@ -1,0 +1,85 @@
+"""Consumers with a thread of their own: they see decoded events, at their own pace."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from tapebus.backlog import Backlog
+from tapebus.blocks import BlockView
+from tapebus.codec import Codec
+from tapebus.dispatcher import FanOut, Slice
+from tapebus.fence import Fence
+from tapebus.store import StoreReader
+
+
+class ThreadConsumer(threading.Thread):
+    """Runs one fenced consumer; when it falls behind its queue it continues from the tape."""
+
+    def __init__(self, fence: Fence, codec: Codec, store: StoreReader | None, last_seq: int, max_batch: int) -> None:
+        super().__init__(name=f"tapebus-{fence.consumer.name}", daemon=True)
+        self.fence = fence
+        self._codec = codec
+        self._store = store
+        self._max_batch = max_batch
+        self._fan = FanOut(codec, [tuple(fence.consumer.topics)])
+        self._overtaken = 0
+        self.backlog = Backlog(
+            fence.consumer.capacity, fence.cursor, last_seq, self._load if store is not None else None
+        )
+
+    def _load(self, after: int) -> Iterator[Slice]:
+        assert self._store is not None
+        for block in self._store.blocks(after):
+            view = BlockView(block.payload, block.first_seq)
+            for start in range(max(0, after + 1 - block.first_seq), view.count, self._max_batch):
+                stop = min(start + self._max_batch, view.count)
+                events, _ = self._codec.decode(view, start, stop)
+                yield Slice(events, view, start, block.first_seq + stop - 1)
+
+    def offer(self, piece: Slice) -> None:
+        """Take the next slice; called by the dispatcher."""
+        if piece.last_seq > self.backlog.last_seq:
+            self.backlog.put(piece)
+
+    def run(self) -> None:
+        fence = self.fence
+        while True:
+            wait = fence.tick(time.monotonic())
+            if not fence.ready:
+                if self.backlog.closed:
+                    break
+                threading.Event().wait(0.25)
+                continue
+            if fence.unsaved:
+                wait = min(wait, 0.25) if wait is not None else 0.25
+            piece = self.backlog.get(wait)
+            if piece is None:
+                if self.backlog.closed and self.backlog.drained:
+                    break
+                fence.close_unit()
+                continue
+            if fence.consumer.lanes:
+                self._overtake()
+            fence.offer(self._fan.split(piece.events, piece.view, piece.start)[0], piece.last_seq)
+            if fence.cursor < piece.last_seq:
+                # the breaker opened inside the slice: take the rest again from the tape, later
+                self._rewind()
+        fence.close_unit(force=True)
+
+    def _rewind(self) -> None:
+        self.backlog.rewind(self.fence.cursor)
+
+    def _overtake(self) -> None:
+        for piece in self.backlog.urgent():
+            if piece.first_seq <= self._overtaken:
+                continue
+            self._overtaken = piece.last_seq
+            wanted: list[Any] = self._fan.split(piece.events, piece.view, piece.start)[0]
+            urgent = set(piece.view.urgent())
+            self.fence.offer_ahead([event for event in wanted if event.bus_seq in urgent])
+
+    def stop(self) -> None:
+        self.backlog.close()

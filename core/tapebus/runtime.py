@@ -1,0 +1,312 @@
+"""The embedded runtime: everything `tapebus run` starts, in one object."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+import zmq
+
+from tapebus import plugins
+from tapebus._ingest import Ingest
+from tapebus._ring import Ring
+from tapebus._scan import Topics
+from tapebus.codec import Codec
+from tapebus.config import Config
+from tapebus.control import Control
+from tapebus.dispatcher import Dispatcher
+from tapebus.errors import StoreError, TapebusError
+from tapebus.events import DeadLetter, Wire
+from tapebus.feed import Feed, bind
+from tapebus.outlets import ThreadConsumer
+from tapebus.statistics import Statistics
+from tapebus.tapewriter import TapeWriter
+from tapebus.wire import MAX_FRAME
+from tapebus.wiring import Wiring, identity
+
+log = logging.getLogger("tapebus")
+INGEST_HWM = 10_000
+UNSEQUENCED = "ingest"
+
+
+class Runtime:
+    """A bus in this process. Start and stop it from one thread; `publish` and `stats` are for any thread.
+
+    Must not be used in a forked child. `extra` registers ready-made plugin objects by name.
+    """
+
+    def __init__(self, config: Config | None = None, plugins: Iterable[tuple[str, Any]] = ()) -> None:
+        self.config = config if config is not None else Config.load()
+        self._extra = list(plugins)
+        self._stop_asked = threading.Event()
+        self._failure: BaseException | None = None
+        self._started = False
+        self._closing: list[Any] = []
+
+    # -- life ------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Load the plugins, open the store, listen. Raises `TapebusError`; then nothing is left running."""
+        try:
+            self._start()
+        except BaseException:
+            self._close_all()
+            raise
+        self._started = True
+
+    def _start(self) -> None:
+        config = self.config
+        config.prepare()
+        self.manager = plugins.load(config.plugins.enabled, self._extra)
+        registry = plugins.registry(self.manager, config.plugin)
+        self.store = self.manager.hook.tapebus_open_store(
+            data_dir=config.data_dir, config=config.plugin("store"), readonly=False
+        )
+        if self.store is not None:
+            self._closing.append(self.store.close)
+        topics = Topics()
+        last_seq = 0
+        if self.store is not None:
+            topics.load(self.store.topics())
+            last_seq = self.store.last_seq()
+        self.first_seq = last_seq + 1
+        self.codec = Codec(registry, topics)
+        self.codec.register_topics()
+        self.ring = Ring(topics, config.bus.ring_entries, config.bus.ring_bytes, last_seq + 1)
+        self._own = self.ring.producer(identity("bus"), 0, "tapebus", sequenced=False)
+        self._legacy = self.ring.producer(identity(UNSEQUENCED), 0, "unsequenced", sequenced=False)
+        self._carry_books_over()
+        self.ingest = Ingest(self.ring, secrets.randbits(63), self.store is not None, MAX_FRAME)
+        self.ingest.samples = self._sample
+        self._wire_threads(last_seq)
+        self._listen()
+        for name, context in self.wiring.contexts.items():
+            plugins.call_one(self.manager, "tapebus_start", name, context=context)
+        self._run_threads()
+
+    def _carry_books_over(self) -> None:
+        if self.store is None:
+            return
+        for book in self.store.producers():
+            sequenced = book.epoch != 0
+            self.ring.producer(book.producer_id, book.epoch, book.source, book, sequenced=sequenced)
+
+    def _wire_threads(self, last_seq: int) -> None:
+        config = self.config
+        self.statistics = Statistics(self)
+        self.tape = TapeWriter(
+            self.ring, self.ingest, self.store, self._deliver, self._fail, self.statistics.durable_counters
+        )
+        self.wiring = Wiring(self.manager, config, self.ring, self.store, self.tape.bury)
+        cursors = [fence.cursor for fence in self.wiring.inline]
+        self.dispatcher = Dispatcher(
+            self.codec,
+            self.wiring.inline,
+            self.store,
+            min(cursors, default=last_seq),
+            last_seq,
+            max_batch=config.bus.max_batch,
+            bury=self.tape.bury,
+            fail=self._fail,
+            reject_unknown=config.bus.unknown_types == "reject",
+        )
+        self.threads = [
+            ThreadConsumer(
+                fence, Codec(self.codec.registry, self.codec.topics), self.store, last_seq, config.bus.max_batch
+            )
+            for fence in self.wiring.threads
+        ]
+        self.dispatcher.outlets = list(self.threads)
+
+    def _deliver(self, block: Any) -> None:
+        self.dispatcher.deliver(block)
+
+    def _listen(self) -> None:
+        config = self.config
+        self._zmq: zmq.Context[Any] = zmq.Context()
+        self._closing.append(self._zmq.term)
+        umask = os.umask(0o077)
+        try:
+            if config.listen.ingest:
+                self.ingest.add(self._socket(zmq.PULL, config.listen.ingest, "listen.ingest"), self._legacy)
+            for endpoint in config.acked_endpoints:
+                self.ingest.add(self._socket(zmq.ROUTER, endpoint, "listen.acked"), 0, True)
+            for source in config.sources:
+                self._attach(source)
+            self.feed = Feed(self._zmq, config.listen.feed, config.feed.topic_prefix, config.feed.hwm)
+            self._closing.append(lambda: self.feed.is_alive() or self.feed.discard())
+            self.control = Control(
+                self._zmq, config.control_endpoint, self.statistics.handlers(), self.statistics.on_timer
+            )
+            self._closing.append(lambda: self.control.is_alive() or self.control.discard())
+        finally:
+            os.umask(umask)
+        self.dispatcher.outlets.append(self.feed)
+
+    def _socket(self, kind: int, endpoint: str, key: str) -> zmq.Socket[bytes]:
+        socket = self._zmq.socket(kind)
+        self._closing.append(lambda: socket.close(0))
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.RCVHWM, INGEST_HWM)
+        socket.setsockopt(zmq.SNDHWM, INGEST_HWM)
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME + 64)
+        socket.setsockopt(zmq.HANDSHAKE_IVL, 3000)
+        if kind == zmq.ROUTER:
+            socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        if key:
+            bind(socket, endpoint, key)
+        return socket
+
+    def _attach(self, source: Any) -> None:
+        socket = self._socket(zmq.SUB if source.type == "sub" else zmq.PULL, "", "")
+        if source.type == "sub":
+            for prefix in source.subscribe:
+                socket.setsockopt(zmq.SUBSCRIBE, prefix.encode())
+        if source.bind:
+            bind(socket, source.bind, f"sources.{source.name}.bind")
+        else:
+            socket.connect(source.connect)
+        name = source.source or source.name
+        producer = self.ring.producer(identity(f"source:{source.name}"), 0, name, sequenced=False)
+        self.ingest.add(socket, producer, False, source.topic, name, source.fields)
+
+    def _run_threads(self) -> None:
+        self._ingest_thread = threading.Thread(target=self._run_ingest, name="tapebus-ingest", daemon=True)
+        for thread in (self.feed, *self.threads, self.dispatcher, self.tape, self._ingest_thread, self.control):
+            thread.start()
+
+    def _run_ingest(self) -> None:
+        try:
+            self.ingest.run()
+        except BaseException as error:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        """A thread the bus cannot live without has ended; from any thread."""
+        if self._failure is None:
+            self._failure = error
+            if isinstance(error, TapebusError):
+                log.critical("%s", error)
+            else:
+                log.critical("the bus must stop: %s", error, exc_info=error)
+        self._stop_asked.set()
+
+    def ask_to_stop(self) -> None:
+        """Let `run` return soon; safe in a signal handler."""
+        self._stop_asked.set()
+
+    def stop(self) -> None:
+        """Drain for at most ``bus.drain_s`` seconds, commit, acknowledge, say goodbye, close."""
+        if not self._started:
+            return
+        self._started = False
+        deadline = time.monotonic() + self.config.bus.drain_s
+        self.ingest.stop_reading_events()
+        if self._failure is None:
+            self._wait(self._quiet, deadline)
+        self.dispatcher.backlog.close()
+        self.dispatcher.join(max(0.1, deadline - time.monotonic()))
+        for consumer in self.threads:
+            consumer.stop()
+        for consumer in self.threads:
+            consumer.join(max(0.1, deadline - time.monotonic()))
+        self._wait(self._written, deadline)
+        self.ingest.stop()
+        self._ingest_thread.join(2.0)
+        self.ring.stop()
+        self.tape.join(max(1.0, deadline - time.monotonic()))
+        for part in (self.feed, self.control):
+            part.stop()
+            part.join(2.0)
+        for name, context in self.wiring.contexts.items():
+            plugins.call_one(self.manager, "tapebus_stop", name, context=context)
+        self._close_all()
+
+    def _wait(self, condition: Any, deadline: float) -> None:
+        pause = threading.Event()
+        while not condition() and time.monotonic() < deadline and self._failure is None:
+            pause.wait(0.002)
+
+    def _written(self) -> bool:
+        return self.ingest.mail_waiting == 0 and self.ring.fill[0] == 0 and self.tape.done_seq == self.ring.last_seq
+
+    def _quiet(self) -> bool:
+        """Whether everything received, and everything derived from it, has gone all the way."""
+        return (
+            self._written()
+            and self.dispatcher.backlog.drained
+            and self.dispatcher.done_seq >= self.ring.last_seq
+            and all(each.backlog.drained for each in self.threads)
+            and self._written()
+        )
+
+    def _close_all(self) -> None:
+        while self._closing:
+            close = self._closing.pop()
+            try:
+                close()
+            except Exception as error:
+                log.warning("while closing: %s", error)
+
+    def __enter__(self) -> Runtime:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    # -- use -------------------------------------------------------------------------------------
+
+    def publish(self, event_type: str, data: Any, *, timestamp: float | None = None, **envelope: Any) -> None:
+        """Put one event on the bus from inside its process; it is sequenced, stored and fanned out."""
+        wire = Wire(
+            event_type=event_type,
+            timestamp=time.time() if timestamp is None else timestamp,
+            source=envelope.pop("source", "tapebus"),
+            data=data,
+            **envelope,
+        )
+        self.ring.inject(msgspec.msgpack.encode(wire), self._own)
+
+    def stats(self) -> dict[str, Any]:
+        """What ``tapebus stats --json`` prints."""
+        return self.statistics.stats()
+
+    def _sample(self, frame: bytes, reason: str) -> None:
+        code = "oversize" if reason == "oversize" else "malformed"
+        self.tape.bury(DeadLetter("ingest", code, reason, at=time.time(), raw=frame))
+
+    def run(self) -> int:
+        """Start, serve until SIGINT or SIGTERM, stop; the exit code. A second signal forces the end."""
+        from tapebus.pm2 import Channel
+
+        def on_signal(number: int, _: Any) -> None:
+            if self._stop_asked.is_set():
+                os._exit(128 + number)
+            self.ask_to_stop()
+
+        previous = {each: signal.signal(each, on_signal) for each in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            self.start()
+            channel = Channel.from_env()
+            if channel is not None:
+                channel.ready()
+                self.statistics.channel = channel
+            log.info("running on %s (pid %d)", self.config.data_dir, os.getpid())
+            self._stop_asked.wait()
+            self.stop()
+        finally:
+            for each, handler in previous.items():
+                signal.signal(each, handler)
+            sys.stdout.flush()
+        if self._failure is None:
+            return 0
+        return self._failure.exit_code if isinstance(self._failure, (StoreError, TapebusError)) else 1

@@ -1,0 +1,244 @@
+"""Figures of a running bus: the statistics answer, the heartbeat, the periodic log line, PM2 metrics."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from tapebus import plugins
+from tapebus.wiring import figures
+
+if TYPE_CHECKING:
+    from tapebus.pm2 import Channel
+    from tapebus.runtime import Runtime
+
+log = logging.getLogger("tapebus")
+PM2_INTERVAL = 2.0
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process; 0 where the system does not tell."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+class Statistics:
+    """Reads figures from all parts; runs on the control thread and, for `stats`, on the caller's."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._started = time.monotonic()
+        self.channel: Channel | None = None
+        bus = runtime.config.bus
+        self._heartbeat_at = self._started
+        self._line_at = self._started + bus.stats_s if bus.stats_s else float("inf")
+        self._pm2_at = self._started
+        self._last = (self._started, 0)
+        self._pm2_last = (self._started, 0)
+        self._base = runtime.store.counters() if runtime.store is not None else {}
+
+    # -- figures ---------------------------------------------------------------------------------
+
+    def durable_counters(self) -> dict[str, int]:
+        """Counts without a producer's account, kept on the tape across restarts."""
+        runtime = self._runtime
+        now = {
+            "rejected.ingest.malformed": runtime.ingest.malformed,
+            "rejected.ingest.oversize": runtime.ingest.oversize,
+            "dropped.legacy.shed": runtime.ingest.shed,
+            **{f"dead.{reason}": n for reason, n in runtime.dispatcher.faults.items()},
+        }
+        total = dict(self._base)
+        for key, count in now.items():
+            if count:
+                total[key] = self._base.get(key, 0) + count
+        return total
+
+    def stats(self) -> dict[str, Any]:
+        runtime = self._runtime
+        ring = runtime.ring
+        accounts = [(ring.account(i), ring.is_sequenced(i)) for i in range(ring.n_producers)]
+        counters = self.durable_counters()
+        rejected = _part(counters, "rejected.")
+        dropped = _part(counters, "dropped.")
+        producers = []
+        for book, sequenced in accounts:
+            if not sequenced and not book.watermark:
+                continue
+            _add(rejected, {k: v for k, v in book.rejected.items() if k != "ingest.malformed"})
+            _add(dropped, book.dropped)
+            accounted = book.stored + sum(book.rejected.values()) + sum(book.dropped.values())
+            producers.append(
+                {
+                    "producer_id": _readable(book.producer_id),
+                    "source": book.source,
+                    "highest_seq": book.highest_seq,
+                    "stored": book.stored,
+                    "rejected": sum(book.rejected.values()),
+                    "dropped": sum(book.dropped.values()),
+                    "in_flight": max(0, book.highest_seq - book.watermark),
+                    "unexplained": book.watermark - accounted,
+                    "sequenced": sequenced,
+                }
+            )
+        last_seq = runtime.tape.done_seq
+        return {
+            "bus": {
+                "uptime_s": round(time.monotonic() - self._started, 3),
+                "last_seq": last_seq,
+                "received": runtime.ring.received_count + runtime.first_seq - 1,
+                "stored": last_seq,
+                "rejected": rejected,
+                "dropped": dropped,
+                "dead_letters": _part(counters, "dead."),
+                "unexplained": sum(each["unexplained"] for each in producers),
+                "rss_bytes": resident_bytes(),
+                "acks_mean": "on disk" if runtime.store is not None else "dispatched",
+                "state": "store full" if runtime.tape.full else "running",
+            },
+            "producers": producers,
+            "consumers": self._consumers(),
+            "plugins": self._plugins(),
+            "feed": {"sent": runtime.feed.sent, "lost": runtime.feed.backlog.lost},
+            "store": runtime.store.stats() if runtime.store is not None else {},
+        }
+
+    def _consumers(self) -> list[dict[str, Any]]:
+        runtime = self._runtime
+        last = runtime.tape.done_seq
+        now = time.time()
+        return [
+            figures(fence, last, (now - runtime.tape.done_at) * 1e3 if fence.cursor < last else 0.0)
+            for fence in runtime.wiring.fences
+        ]
+
+    def _plugins(self) -> dict[str, dict[str, Any]]:
+        runtime = self._runtime
+        out: dict[str, dict[str, Any]] = {}
+        for name, context in runtime.wiring.contexts.items():
+            health = _safely("tapebus_health", runtime.manager, name, context) or {"status": "ok", "message": ""}
+            broken = [f for f in runtime.wiring.fences if f.plugin == name and f.state not in ("running", "paused")]
+            if broken:
+                health = {"status": "error", "message": f"{broken[0].consumer.name}: {broken[0].last_error}"}
+            metrics = _safely("tapebus_metrics", runtime.manager, name, context) or {}
+            out[name] = {"health": health, "metrics": metrics}
+        return out
+
+    # -- requests --------------------------------------------------------------------------------
+
+    def handlers(self) -> dict[str, Callable[[dict[str, Any]], dict[str, Any]]]:
+        """What the control socket answers, by command."""
+        return {
+            "stats": lambda _: self.stats(),
+            "plugins": lambda _: {"plugins": self._plugins(), "consumers": self._consumers()},
+            "pause": lambda message: self._steer(message, "pause"),
+            "resume": lambda message: self._steer(message, "resume"),
+            "reset": lambda message: self._steer(message, "resume"),
+            "dlq_purge": self._purge,
+        }
+
+    def _steer(self, message: dict[str, Any], verb: str) -> dict[str, Any]:
+        fences = self._runtime.wiring.fences
+        for fence in fences:
+            if fence.consumer.name == message.get("consumer"):
+                getattr(fence, verb)()
+                self._runtime.dispatcher.backlog.wake()
+                return {"consumer": fence.consumer.name, "state": fence.state}
+        names = ", ".join(fence.consumer.name for fence in fences)
+        return {"error": f"no consumer called {message.get('consumer')!r}; there are: {names}"}
+
+    def _purge(self, message: dict[str, Any]) -> dict[str, Any]:
+        ids = [int(each) for each in message.get("ids", [])]
+        self._runtime.tape.purge(ids)
+        return {"purged": len(ids)}
+
+    # -- timers ----------------------------------------------------------------------------------
+
+    def on_timer(self) -> float:
+        """Do what is due; seconds until the next thing is."""
+        now = time.monotonic()
+        runtime = self._runtime
+        bus = runtime.config.bus
+        if now >= self._heartbeat_at:
+            self._heartbeat_at = now + bus.heartbeat_s
+            if bus.publish_heartbeat:
+                runtime.publish("system_health", self._heartbeat())
+        if now >= self._line_at:
+            self._line_at = now + bus.stats_s
+            self._log_line(now)
+        wake = min(self._heartbeat_at, self._line_at)
+        if self.channel is not None:
+            if now >= self._pm2_at:
+                self._pm2_at = now + PM2_INTERVAL
+                self.channel.metrics(self._pm2_metrics(now))
+            wake = min(wake, self._pm2_at)
+        return wake - time.monotonic()
+
+    def _heartbeat(self) -> dict[str, Any]:
+        runtime = self._runtime
+        return {
+            "component": "tapebus",
+            "status": "error" if runtime.tape.full else "running",
+            "uptime": time.monotonic() - self._started,
+            "memory_usage": resident_bytes() / 1e6,
+            "message": f"last_seq {runtime.tape.done_seq}",
+        }
+
+    def _rate(self, now: float, before: tuple[float, int]) -> float:
+        return (self._runtime.tape.done_seq - before[1]) / max(now - before[0], 1e-9)
+
+    def _log_line(self, now: float) -> None:
+        runtime = self._runtime
+        rate, self._last = self._rate(now, self._last), (now, runtime.tape.done_seq)
+        worst = max((f for f in runtime.wiring.fences), key=lambda f: -f.cursor, default=None)
+        lag = max(0, runtime.tape.done_seq - worst.cursor) if worst is not None else 0
+        log.info(
+            "%.0f events/s, %d on tape, lag %d events, %d errors, %.0f MB",
+            rate,
+            runtime.tape.done_seq,
+            lag,
+            sum(f.errors for f in runtime.wiring.fences),
+            resident_bytes() / 1e6,
+        )
+
+    def _pm2_metrics(self, now: float) -> dict[str, Any]:
+        rate, self._pm2_last = self._rate(now, self._pm2_last), (now, self._runtime.tape.done_seq)
+        last = self._runtime.tape.done_seq
+        out: dict[str, Any] = {
+            "events/s": round(rate, 1),
+            "lag": max((last - f.cursor for f in self._runtime.wiring.fences), default=0),
+        }
+        for name, context in self._runtime.wiring.contexts.items():
+            found = _safely("tapebus_metrics", self._runtime.manager, name, context) or {}
+            if "slots" in found:
+                out["slots"] = found["slots"]
+        return out
+
+
+def _safely(hook: str, manager: Any, name: str, context: Any) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] | None = plugins.call_one(manager, hook, name, context=context)
+        return found
+    except Exception as error:
+        return {"status": "error", "message": f"{hook} failed: {type(error).__name__}: {error}"}
+
+
+def _part(counters: dict[str, int], prefix: str) -> dict[str, int]:
+    return {key.removeprefix(prefix): count for key, count in counters.items() if key.startswith(prefix)}
+
+
+def _add(total: dict[str, int], more: dict[str, int]) -> None:
+    for key, count in more.items():
+        total[key] = total.get(key, 0) + count
+
+
+def _readable(producer_id: bytes) -> str:
+    text = producer_id.rstrip(b"\0")
+    named = text in (b"bus", b"ingest") or text.startswith((b"plugin:", b"source:"))
+    return text.decode() if named else producer_id.hex()

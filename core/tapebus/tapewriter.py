@@ -1,0 +1,143 @@
+"""The tape thread: packs what has arrived, commits it with one fsync, acknowledges, hands it to dispatch."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from tapebus._ingest import Ingest
+from tapebus._ring import Ring
+from tapebus.errors import StoreError, StoreFull
+from tapebus.events import DeadLetter
+from tapebus.store import Block, Commit, Store, Unit
+
+log = logging.getLogger("tapebus.tape")
+MAX_BLOCK_BYTES = 512 << 10
+MAX_BLOCK_EVENTS = 16384
+#: Dead letters waiting for a commit; beyond it they are counted, not kept.
+MAX_WAITING_DEAD = 10_000
+UPKEEP_BUSY_S, UPKEEP_IDLE_S = 1.0, 10.0
+
+
+class TapeWriter(threading.Thread):
+    """The only writer of the store. Natural group commit: whatever arrived during a commit is the next one."""
+
+    def __init__(
+        self,
+        ring: Ring,
+        ingest: Ingest,
+        store: Store | None,
+        deliver: Callable[[Block], None],
+        fail: Callable[[BaseException], None],
+        counters: Callable[[], dict[str, int]],
+    ) -> None:
+        super().__init__(name="tapebus-tape", daemon=True)
+        self.ring = ring
+        self.ingest = ingest
+        self.store = store
+        self._deliver = deliver
+        self._fail = fail
+        self._counters = counters
+        self._dead: deque[DeadLetter] = deque()
+        self._purge: deque[Any] = deque()
+        self._topics_done = len(store.topics()) if store is not None else 0
+        self._counters_done: dict[str, int] = {}
+        self._upkeep_at = time.monotonic() + UPKEEP_BUSY_S
+        self.dead_lost = 0
+        self.commits = 0
+        self.full = False
+        #: The last sequence number handed to dispatch, and when.
+        self.done_seq = ring.last_seq
+        self.done_at = time.time()
+
+    def bury(self, letter: DeadLetter) -> None:
+        """Keep a dead letter with the next commit; from any thread."""
+        if len(self._dead) >= MAX_WAITING_DEAD:
+            self.dead_lost += 1
+            return
+        self._dead.append(letter)
+        self.ring.wake_tape()
+
+    def purge(self, ids: list[int]) -> None:
+        """Remove dead letters by id; done by the tape thread, which alone writes."""
+        self._purge.append(ids)
+        self.ring.wake_tape()
+
+    def run(self) -> None:
+        try:
+            while not (self.ring.stopped and not self._dead):
+                if not self._step():
+                    self._upkeep()
+                    if not self._dead and not self._purge:
+                        self.ring.wait(int(max(1.0, (self._upkeep_at - time.monotonic()) * 1e3)))
+        except BaseException as error:
+            self._fail(error)
+
+    def _step(self) -> bool:
+        packed = self.ring.pack(MAX_BLOCK_BYTES, MAX_BLOCK_EVENTS)
+        block: Block | None = None
+        units: list[Unit] = []
+        changed: list[int] = []
+        if packed is not None:
+            block, units, changed = packed
+        elif not self._dead and not self._purge:
+            return False
+        if self.store is not None:
+            self._commit(block, units, changed)
+            while self._purge:
+                self.store.purge_dead(self._purge.popleft())
+        else:
+            self._dead.clear()
+        self.ring.acknowledge(changed)
+        if block is not None:
+            self._deliver(block)
+            self.done_at = time.time()
+            self.done_seq = block.last_seq
+        if time.monotonic() >= self._upkeep_at:
+            self._upkeep()
+        return True
+
+    def _commit(self, block: Block | None, units: list[Unit], changed: list[int]) -> None:
+        assert self.store is not None
+        dead = [self._dead.popleft() for _ in range(len(self._dead))]
+        counters = self._counters()
+        commit = Commit(
+            [block] if block is not None else [],
+            [self.ring.account(index) for index in changed],
+            units,
+            dead,
+            self.ring.topics.after(self._topics_done),
+            counters if counters != self._counters_done else {},
+        )
+        while True:
+            try:
+                self.store.commit(commit)
+                break
+            except StoreFull as error:
+                self._pause(error)
+        if self.full:
+            self.full = False
+            self.ingest.set_store_full(False)
+            log.warning("the store has room again, continuing")
+        self._topics_done += len(commit.topics)
+        self._counters_done = counters
+        self.commits += 1
+
+    def _pause(self, error: StoreFull) -> None:
+        if not self.full:
+            self.full = True
+            self.ingest.set_store_full(True)
+            log.error("%s; acknowledging stops until there is room", error)
+        if self.ring.stopped:
+            raise StoreError(f"{error}; stopping with unwritten events, which their producers keep")
+        threading.Event().wait(0.5)
+
+    def _upkeep(self) -> None:
+        if time.monotonic() < self._upkeep_at:
+            return
+        more = self.store.maintain(time.time()) if self.store is not None else False
+        self._upkeep_at = time.monotonic() + (UPKEEP_BUSY_S if more else UPKEEP_IDLE_S)

@@ -1,0 +1,126 @@
+"""Build the consumers of all plugins: contexts, order, fences and the threads they run on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pluggy
+
+from tapebus import plugins
+from tapebus._ring import Ring
+from tapebus.config import Config
+from tapebus.consumer import Consumer
+from tapebus.errors import PluginError
+from tapebus.events import DeadLetter
+from tapebus.fence import Fence, PluginContext
+from tapebus.store import StoreReader, Unit
+
+
+def identity(name: str) -> bytes:
+    """The producer id of something inside the bus, or of a way in that does not number its events."""
+    return name.encode()[:16].ljust(16, b"\0")
+
+
+class Wiring:
+    """Every plugin's context and every consumer's fence, inline ones in the order they run."""
+
+    def __init__(
+        self,
+        manager: pluggy.PluginManager,
+        config: Config,
+        ring: Ring,
+        store: StoreReader | None,
+        bury: Callable[[DeadLetter], None],
+    ) -> None:
+        self.contexts: dict[str, PluginContext] = {}
+        self.inline: list[Fence] = []
+        self.threads: list[Fence] = []
+        self.processes: list[tuple[str, Consumer]] = []
+        self._ring = ring
+        self._bury = bury
+        saved = store.cursors() if store is not None else {}
+        last_seq = store.last_seq() if store is not None else 0
+        first_seq = store.first_seq() if store is not None else 1
+        for name, plugin in manager.list_name_plugin():
+            if plugin is None:
+                continue
+            state = store.state(name) if store is not None else {}
+            context = PluginContext(name, config.plugin(name), config.data_dir, state, time.time)
+            self.contexts[name] = context
+            consumers = plugins.call_one(manager, "tapebus_register_consumers", name, context=context) or []
+            _check_modes(name, consumers)
+            for consumer in consumers:
+                if consumer.mode == "process":
+                    self.processes.append((name, consumer))
+                    continue
+                unit = saved.get(consumer.name)
+                start = last_seq if consumer.start == "now" else first_seq - 1
+                cursor = unit.cursor if unit is not None else start
+                fence = self._fence(name, consumer, context, max(cursor, first_seq - 1), unit.ahead if unit else [])
+                (self.inline if consumer.mode == "inline" else self.threads).append(fence)
+        names = [fence.consumer.name for fence in (*self.inline, *self.threads)]
+        for each in names:
+            if names.count(each) > 1:
+                raise PluginError(f"two consumers are called {each!r}: rename one")
+        self.inline = in_order(self.inline)
+
+    def _fence(self, plugin: str, consumer: Consumer, context: PluginContext, cursor: int, ahead: list[int]) -> Fence:
+        producer = self._ring.producer(identity(f"plugin:{plugin}"), 0, plugin, sequenced=False)
+
+        def send(unit: Unit, frame: bytes) -> None:
+            self._ring.inject(frame, producer, unit)
+
+        return Fence(consumer, plugin, context, cursor, ahead, send, self._bury)
+
+    @property
+    def fences(self) -> list[Fence]:
+        return [*self.inline, *self.threads]
+
+
+def _check_modes(plugin: str, consumers: list[Consumer]) -> None:
+    if len({consumer.mode for consumer in consumers}) > 1:
+        raise PluginError(
+            f"plugin {plugin!r} mixes consumer modes: its state and emitted events belong to one thread"
+        )
+
+
+def in_order(fences: list[Fence]) -> list[Fence]:
+    """Sort so that each consumer runs after those its ``after`` names; names that are not loaded do not matter.
+
+    Raises `PluginError` on a cycle.
+    """
+    remaining = list(fences)
+    done: list[Fence] = []
+    while remaining:
+        waiting = {fence.consumer.name for fence in remaining} | {fence.plugin for fence in remaining}
+        ready = [
+            fence
+            for fence in remaining
+            if not (set(fence.consumer.after) & (waiting - {fence.plugin, fence.consumer.name}))
+        ]
+        if not ready:
+            names = ", ".join(sorted(fence.consumer.name for fence in remaining))
+            raise PluginError(f"after= of these consumers forms a cycle: {names}; remove one of them")
+        done.append(ready[0])
+        remaining.remove(ready[0])
+    return done
+
+
+def figures(fence: Fence, last_seq: int, lag_ms: float) -> dict[str, Any]:
+    """One row of ``consumers`` in the statistics."""
+    return {
+        "name": fence.consumer.name,
+        "plugin": fence.plugin,
+        "mode": fence.consumer.mode,
+        "cursor": fence.cursor,
+        "lag_events": max(0, last_seq - fence.cursor),
+        "lag_ms": round(lag_ms, 3),
+        "handled": fence.handled,
+        "errors": fence.errors,
+        "state": fence.state,
+        "over_budget": fence.over_budget,
+        "last_error": fence.last_error,
+        "history": [[at, state] for at, state in fence.history],
+    }
