@@ -77,13 +77,13 @@ class Control(threading.Thread):
                 identity, *parts = self._socket.recv_multipart()
                 if len(parts) == 1:
                     self._socket.send_multipart((identity, self._answer(parts[0])), zmq.DONTWAIT)
-        self.discard()
-
     def discard(self) -> None:
-        """Release the socket and the bell."""
+        """Release the socket and the bell; for a thread that has ended or never started."""
         self._socket.close()
-        os.close(self._bell_read)
-        os.close(self._bell_write)
+        if self._bell_read >= 0:
+            os.close(self._bell_read)
+            os.close(self._bell_write)
+            self._bell_read = self._bell_write = -1
 
     def _answer(self, frame: bytes) -> bytes:
         try:
@@ -96,4 +96,5 @@ class Control(threading.Thread):
             return msgspec.json.encode({"error": f"{type(error).__name__}: {error}"})
 
     def stop(self) -> None:
+        """Let the thread end; the caller joins it."""
         os.write(self._bell_write, b"x")

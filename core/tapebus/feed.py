@@ -58,7 +58,6 @@ class Feed(threading.Thread):
                 os.read(self._bell_read, 65536)
             while (piece := self.backlog.get(0.0)) is not None:
                 self._send(piece)
-        self.discard()
 
     def _read_subscriptions(self) -> None:
         while True:
@@ -88,15 +87,18 @@ class Feed(threading.Thread):
                 self.sent += 1
 
     def discard(self) -> None:
-        """Release what a feed that never started holds."""
+        """Release the socket and the bell; for a thread that has ended or never started."""
         self._socket.close(0)
-        os.close(self._bell_read)
-        os.close(self._bell_write)
+        if self._bell_read >= 0:
+            os.close(self._bell_read)
+            os.close(self._bell_write)
+            self._bell_read = self._bell_write = -1
 
     def stop(self) -> None:
         """Send what is queued and end; the caller joins the thread."""
         self.backlog.close()
-        self._ring()
+        if self.is_alive():
+            self._ring()
 
 
 def as_published(event: Any, piece: Slice) -> bytes:

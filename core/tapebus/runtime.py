@@ -40,7 +40,8 @@ UNSEQUENCED = "ingest"
 class Runtime:
     """A bus in this process. Start and stop it from one thread; `publish` and `stats` are for any thread.
 
-    Must not be used in a forked child. `extra` registers ready-made plugin objects by name.
+    Must not be used in a forked child. `plugins` are ready-made plugin objects by name, used next to
+    those the configuration enables.
     """
 
     def __init__(self, config: Config | None = None, plugins: Iterable[tuple[str, Any]] = ()) -> None:
@@ -103,7 +104,7 @@ class Runtime:
         config = self.config
         self.statistics = Statistics(self)
         self.tape = TapeWriter(
-            self.ring, self.ingest, self.store, self._deliver, self._fail, self.statistics.durable_counters
+            self.ring, self.ingest, self.store, self._fail, self.statistics.durable_counters
         )
         self.wiring = Wiring(self.manager, config, self.ring, self.store, self.tape.bury)
         cursors = [fence.cursor for fence in self.wiring.inline]
@@ -125,9 +126,7 @@ class Runtime:
             for fence in self.wiring.threads
         ]
         self.dispatcher.outlets = list(self.threads)
-
-    def _deliver(self, block: Any) -> None:
-        self.dispatcher.deliver(block)
+        self.tape.deliver = self.dispatcher.deliver
 
     def _listen(self) -> None:
         config = self.config
@@ -142,11 +141,11 @@ class Runtime:
             for source in config.sources:
                 self._attach(source)
             self.feed = Feed(self._zmq, config.listen.feed, config.feed.topic_prefix, config.feed.hwm)
-            self._closing.append(lambda: self.feed.is_alive() or self.feed.discard())
+            self._closing.append(self.feed.discard)
             self.control = Control(
                 self._zmq, config.control_endpoint, self.statistics.handlers(), self.statistics.on_timer
             )
-            self._closing.append(lambda: self.control.is_alive() or self.control.discard())
+            self._closing.append(self.control.discard)
         finally:
             os.umask(umask)
         self.dispatcher.outlets.append(self.feed)

@@ -31,7 +31,6 @@ class TapeWriter(threading.Thread):
         ring: Ring,
         ingest: Ingest,
         store: Store | None,
-        deliver: Callable[[Block], None],
         fail: Callable[[BaseException], None],
         counters: Callable[[], dict[str, int]],
     ) -> None:
@@ -39,7 +38,8 @@ class TapeWriter(threading.Thread):
         self.ring = ring
         self.ingest = ingest
         self.store = store
-        self._deliver = deliver
+        #: Takes each block after its commit; set before the thread starts.
+        self.deliver: Callable[[Block], None] = lambda block: None
         self._fail = fail
         self._counters = counters
         self._dead: deque[DeadLetter] = deque()
@@ -94,7 +94,7 @@ class TapeWriter(threading.Thread):
             self._dead.clear()
         self.ring.acknowledge(changed)
         if block is not None:
-            self._deliver(block)
+            self.deliver(block)
             self.done_at = time.time()
             self.done_seq = block.last_seq
         if time.monotonic() >= self._upkeep_at:
