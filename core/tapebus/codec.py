@@ -19,7 +19,7 @@ _ENVELOPE_DEFAULTS = {"timestamp": 0.0, "source": ""}
 class Fault(NamedTuple):
     """One event that did not pass: its index in the slice, a short reason, and the message."""
 
-    index: int
+    index: int  # type: ignore[assignment]
     reason: str
     detail: str
     event: Event | None
@@ -30,7 +30,7 @@ class Codec:
 
     def __init__(self, registry: Registry, topics: Topics | None = None) -> None:
         self.registry = registry
-        union = registry.union()
+        union: Any = registry.union()
         self._pack_list = msgspec.msgpack.Decoder(list[union])
         self._json_list = msgspec.json.Decoder(list[union])
         self._pack_any = msgspec.msgpack.Decoder()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from math import ceil
 from typing import Any
 
 import msgspec
@@ -70,7 +71,7 @@ class Control(threading.Thread):
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._bell_read, zmq.POLLIN)
         while True:
-            ready = dict(poller.poll(max(0.0, self._on_timer()) * 1e3))
+            ready = dict(poller.poll(ceil(max(0.0, self._on_timer()) * 1e3)))
             if self._bell_read in ready:
                 break
             if self._socket in ready:

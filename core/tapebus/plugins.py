@@ -77,6 +77,7 @@ def registry(manager: pluggy.PluginManager, config: Callable[[str], dict[str, An
     found = Registry()
     for implementation in reversed(manager.hook.tapebus_register_event_types.get_hookimpls()):
         table = {"config": config(implementation.plugin_name)}
-        for event_type in implementation.function(*(table[name] for name in implementation.argnames)):
+        types: Any = implementation.function(*(table[name] for name in implementation.argnames))
+        for event_type in types:
             found.add(event_type)
     return found
