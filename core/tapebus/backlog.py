@@ -92,10 +92,11 @@ class Backlog:
         assert self._load is not None
         if self._from_tape is None:
             self._from_tape = self._load(self.cursor)
-        item = next(self._from_tape, None)
-        if item is not None:
-            self.cursor = item.last_seq
-            return item
+        for item in self._from_tape:
+            # sealing may merge blocks while they are read, so the same events can come again
+            if item.last_seq > self.cursor:
+                self.cursor = item.last_seq
+                return item
         self._from_tape = None
         with self._changed:
             # nothing was queued while lapped, so being level with the giver means having missed nothing

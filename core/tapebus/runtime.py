@@ -28,6 +28,7 @@ from tapebus.events import DeadLetter, Wire
 from tapebus.feed import Feed, bind
 from tapebus.outlets import ThreadConsumer
 from tapebus.statistics import Statistics
+from tapebus.supervisor import ProcessConsumer
 from tapebus.tapewriter import TapeWriter
 from tapebus.wire import MAX_FRAME
 from tapebus.wiring import Wiring, identity
@@ -149,6 +150,17 @@ class Runtime:
         finally:
             os.umask(umask)
         self.dispatcher.outlets.append(self.feed)
+        self.processes = [
+            ProcessConsumer(
+                plugin,
+                consumer,
+                config,
+                next((each for each in config.acked_endpoints if each.startswith("ipc:")), config.acked_endpoints[0]),
+                self.first_seq - 1 if consumer.start == "now" else 0,
+                self.tape.bury,
+            )
+            for plugin, consumer in self.wiring.processes
+        ]
 
     def _socket(self, kind: int, endpoint: str, key: str) -> zmq.Socket[bytes]:
         socket = self._zmq.socket(kind)
@@ -181,6 +193,8 @@ class Runtime:
         self._ingest_thread = threading.Thread(target=self._run_ingest, name="tapebus-ingest", daemon=True)
         for thread in (self.feed, *self.threads, self.dispatcher, self.tape, self._ingest_thread, self.control):
             thread.start()
+        for process in self.processes:
+            process.start()
 
     def _run_ingest(self) -> None:
         try:
@@ -208,6 +222,8 @@ class Runtime:
             return
         self._started = False
         deadline = time.monotonic() + self.config.bus.drain_s
+        for process in self.processes:
+            process.stop()
         self.ingest.stop_reading_events()
         if self._failure is None:
             self._wait(self._quiet, deadline)

@@ -11,7 +11,7 @@ from typing import Any
 
 from tapebus._ingest import Ingest
 from tapebus._ring import Ring
-from tapebus.errors import StoreError, StoreFull
+from tapebus.errors import CorruptError, StoreError, StoreFull
 from tapebus.events import DeadLetter
 from tapebus.store import Block, Commit, Store, Unit
 
@@ -139,5 +139,9 @@ class TapeWriter(threading.Thread):
     def _upkeep(self) -> None:
         if time.monotonic() < self._upkeep_at:
             return
-        more = self.store.maintain(time.time()) if self.store is not None else False
+        more = False
+        try:
+            more = self.store is not None and self.store.maintain(time.time())
+        except (StoreFull, CorruptError) as error:
+            log.error("upkeep of the tape was put off: %s", error)
         self._upkeep_at = time.monotonic() + (UPKEEP_BUSY_S if more else UPKEEP_IDLE_S)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
@@ -16,6 +16,9 @@ from tapebus.errors import PluginError
 from tapebus.events import DeadLetter
 from tapebus.fence import Fence, PluginContext
 from tapebus.store import StoreReader, Unit
+
+if TYPE_CHECKING:
+    from tapebus.supervisor import ProcessConsumer
 
 
 def identity(name: str) -> bytes:
@@ -108,7 +111,7 @@ def in_order(fences: list[Fence]) -> list[Fence]:
     return done
 
 
-def figures(fence: Fence, last_seq: int, lag_ms: float) -> dict[str, Any]:
+def figures(fence: Fence | ProcessConsumer, last_seq: int, lag_ms: float) -> dict[str, Any]:
     """One row of ``consumers`` in the statistics."""
     return {
         "name": fence.consumer.name,

@@ -1,0 +1,189 @@
+"""``tapebus check``."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import stat
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import click
+import msgspec
+
+from tapebus.cli.common import json_option, open_tape, with_config
+from tapebus.config import Config
+from tapebus.errors import BusNotRunning, TapebusError
+
+
+class Finding(NamedTuple):
+    """One thing looked at; ``exit_code`` is what a failure of it means for the command."""
+
+    name: str
+    status: str
+    message: str
+    exit_code: int = 0
+
+
+#: The oldest releases with what the bus relies on.
+FLOORS = {"pyzmq": (26,), "msgspec": (0, 19), "pluggy": (1, 5), "lmdb": (2, 3), "zstandard": (0, 22), "click": (8, 1)}
+_ROOM = 1 << 30
+
+
+@click.command()
+@json_option
+@with_config
+def check(config: Config, as_json: bool) -> int:
+    """Check configuration, ports, permissions, the store and the versions; the bus may run or not.
+
+    Exits 78 for the configuration, 74 for the store, 1 for anything else that would stop the bus.
+    """
+    running = _running(config)
+    findings = [Finding("configuration", "ok", f"data in {config.data_dir}")]
+    for part in (_plugins(config), _directories(config), _ports(config, running), _store(config), _versions()):
+        findings += part
+    if as_json:
+        shown = [{"name": f.name, "status": f.status, "message": f.message} for f in findings]
+        click.echo(msgspec.json.encode(shown))
+    else:
+        for each in findings:
+            click.echo(f"{each.status:<6}{each.name:<16}{each.message}")
+    return max((each.exit_code for each in findings), default=0)
+
+
+def _running(config: Config) -> bool:
+    from tapebus.control import request
+
+    try:
+        request(config, {"cmd": "stats"}, timeout=1.0)
+    except BusNotRunning:
+        return False
+    except TapebusError:
+        pass
+    return True
+
+
+def _plugins(config: Config) -> Iterator[Finding]:
+    from tapebus.plugins import installed, load
+
+    broken = 0
+    for name in config.plugins.enabled:
+        try:
+            load([name])
+        except TapebusError as error:
+            broken += 1
+            yield Finding("plugins", "error", str(error), error.exit_code)
+    if not broken:
+        yield Finding("plugins", "ok", ", ".join(config.plugins.enabled) or "none enabled")
+    for name in config.plugins.tables:
+        if name not in config.plugins.enabled and name not in installed():
+            yield Finding("plugins", "warn", f"[plugins.{name}]: no plugin of this name is installed")
+
+
+def _directories(config: Config) -> Iterator[Finding]:
+    for name, directory in (("data directory", config.data_dir), ("runtime dir", config.runtime_dir)):
+        try:
+            found = directory.stat()
+        except FileNotFoundError:
+            yield from _creatable(name, directory)
+            continue
+        except OSError as error:
+            yield Finding(name, "error", f"{directory}: {error.strerror}", 78)
+            continue
+        if not stat.S_ISDIR(found.st_mode):
+            yield Finding(name, "error", f"{directory} is not a directory; choose another with --data-dir", 78)
+        elif found.st_uid != os.getuid():
+            yield Finding(name, "error", f"{directory} belongs to uid {found.st_uid}", 78)
+        elif stat.S_IMODE(found.st_mode) & 0o077:
+            yield Finding(name, "warn", f"{directory} is open to others; run `chmod 700 {directory}`")
+        else:
+            yield Finding(name, "ok", f"{directory} (0700)")
+    free = shutil.disk_usage(next(p for p in (config.data_dir, *config.data_dir.parents) if p.exists())).free
+    yield Finding("disk", "ok" if free > _ROOM else "warn", f"{free / 1e9:,.1f} GB free")
+
+
+def _creatable(name: str, directory: Any) -> Iterator[Finding]:
+    parent = next(each for each in directory.parents if each.exists())
+    if os.access(parent, os.W_OK | os.X_OK):
+        yield Finding(name, "ok", f"{directory} (will be created)")
+    else:
+        yield Finding(name, "error", f"{directory} cannot be created: {parent} is not writable", 78)
+
+
+def _ports(config: Config, running: bool) -> Iterator[Finding]:
+    endpoints = [config.listen.feed, config.listen.ingest, *config.acked_endpoints]
+    for endpoint in [each for each in endpoints if each.startswith("tcp://")]:
+        host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+        if port in ("*", "0"):
+            continue
+        if not _in_use(host.strip("[]"), int(port)):
+            yield Finding("port", "ok", f"{endpoint} is free")
+        elif running:
+            yield Finding("port", "ok", f"{endpoint} is in use; a bus runs on this data directory")
+        else:
+            message = f"{endpoint} is in use by another program; choose another under [listen]"
+            yield Finding("port", "error", message, 1)
+
+
+def _in_use(host: str, port: int) -> bool:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return True
+    return False
+
+
+def _store(config: Config) -> Iterator[Finding]:
+    if not (config.data_dir / "tape").exists():
+        yield Finding("store", "ok", "no tape yet")
+        return
+    try:
+        with open_tape(config) as tape:
+            yield Finding("store", "ok", f"last bus_seq {tape.last_seq:,}")
+    except TapebusError as error:
+        yield Finding("store", "error", str(error), error.exit_code)
+
+
+def _versions() -> Iterator[Finding]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    yield Finding("python", "ok", sys.version.split()[0])
+    for name, floor in FLOORS.items():
+        wanted = ".".join(map(str, floor))
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            yield Finding(name, "error", f"not installed; {wanted} or later is needed", 1)
+            continue
+        numbers = tuple(int(part) for part in found.split(".")[: len(floor)] if part.isdigit())
+        if numbers < floor:
+            yield Finding(name, "error", f"{found} is too old; {wanted} or later is needed", 1)
+        else:
+            yield Finding(name, "ok", found)
+    yield from _libzmq()
+
+
+def _libzmq() -> Iterator[Finding]:
+    import ctypes
+
+    import zmq
+
+    if not zmq.has("ipc"):
+        yield Finding("libzmq", "error", "built without ipc; install pyzmq from a wheel", 1)
+        return
+    symbols = ("zmq_msg_recv", "zmq_msg_init", "zmq_msg_data", "zmq_msg_size", "zmq_msg_close")
+    missing = list(symbols)
+    try:
+        from zmq.backend.cython import _zmq
+
+        library = ctypes.CDLL(_zmq.__file__)
+        missing = [each for each in symbols if not hasattr(library, each)]
+    except (ImportError, OSError):
+        pass
+    receive = "direct receive" if not missing else "receiving through pyzmq, slower"
+    yield Finding("libzmq", "ok" if not missing else "warn", f"{zmq.zmq_version()}, {receive}")

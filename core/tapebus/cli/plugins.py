@@ -1,0 +1,114 @@
+"""``tapebus plugins``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+import msgspec
+
+from tapebus.cli.common import json_option, table, with_config
+from tapebus.config import Config
+from tapebus.errors import BusNotRunning, TapebusError, UsageError
+
+
+@click.group(invoke_without_command=True)
+@json_option
+@with_config
+@click.pass_context
+def plugins(ctx: click.Context, config: Config, as_json: bool) -> None:
+    """List installed plugins with their hooks and, while the bus runs, what their consumers do."""
+    ctx.meta["tapebus.loaded"] = config
+    if ctx.invoked_subcommand is not None:
+        return
+    rows = [_describe(name, config) for name in _names(config)]
+    _add_state(config, rows)
+    if as_json:
+        click.echo(msgspec.json.encode(rows))
+        return
+    table(
+        ["name", "enabled", "mode", "state", "hooks"],
+        [
+            [row["name"], "yes" if row["enabled"] else "no", ",".join(row["modes"]), row["state"]]
+            + [row["error"] or ", ".join(row["hooks"])]
+            for row in rows
+        ],
+        empty="no plugins installed",
+    )
+
+
+def _names(config: Config) -> list[str]:
+    from tapebus.plugins import installed
+
+    return list(dict.fromkeys([*config.plugins.enabled, *sorted(installed())]))
+
+
+def _describe(name: str, config: Config) -> dict[str, Any]:
+    from tapebus.plugins import installed, load
+
+    point = installed().get(name)
+    row: dict[str, Any] = {
+        "name": name,
+        "enabled": name in config.plugins.enabled,
+        "module": point.value if point else "",
+        "version": point.dist.version if point and point.dist else "",
+        "hooks": [],
+        "modes": [],
+        "state": "",
+        "error": "",
+    }
+    try:
+        manager = load([name])
+    except TapebusError as error:
+        row["error"] = str(error)
+        return row
+    callers = manager.get_hookcallers(manager.get_plugin(name)) or []
+    row["hooks"] = sorted(caller.name.removeprefix("tapebus_") for caller in callers)
+    return row
+
+
+def _add_state(config: Config, rows: list[dict[str, Any]]) -> None:
+    from tapebus.control import request
+
+    try:
+        consumers = request(config, {"cmd": "stats"})["consumers"]
+    except BusNotRunning:
+        return
+    for row in rows:
+        mine = [each for each in consumers if each["plugin"] == row["name"]]
+        row["modes"] = sorted({each["mode"] for each in mine})
+        row["state"] = ",".join(sorted({each["state"] for each in mine})) or ("loaded" if row["enabled"] else "")
+
+
+def _steer(verb: str, text: str) -> None:
+    @plugins.command(verb, help=text)
+    @click.argument("consumer")
+    @click.pass_context
+    def command(ctx: click.Context, consumer: str) -> None:
+        from tapebus.control import request
+
+        request(ctx.meta["tapebus.loaded"], {"cmd": verb, "consumer": consumer})
+        click.echo(f"{consumer}: {verb} done")
+
+
+_steer("pause", "Stop giving events to CONSUMER; its cursor stands still.")
+_steer("resume", "Let a paused CONSUMER continue from the tape.")
+_steer("reset", "Close the breaker of CONSUMER now.")
+
+
+@plugins.command()
+@click.argument("event_type", metavar="TYPE")
+@click.pass_context
+def schema(ctx: click.Context, event_type: str) -> None:
+    """Print the JSON Schema of the event type TYPE."""
+    from tapebus.plugins import call_one, load
+
+    name = "schema"
+    if name not in ctx.meta["tapebus.loaded"].plugins.enabled:
+        raise UsageError("plugins.enabled: the plugin 'schema' is not enabled, so there are no schemas")
+    offered = click.Group()
+    call_one(load([name]), "tapebus_register_commands", name, cli=offered)
+    command = offered.commands.get("schema")
+    if command is None:
+        raise UsageError("the plugin 'schema' offers no command that prints schemas")
+    command.main(args=[event_type], prog_name="tapebus plugins schema", standalone_mode=False)

@@ -1,0 +1,67 @@
+"""``tapebus query`` and ``tapebus tail``."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from tapebus.cli.common import event_json, event_line, filters, json_option, open_tape, with_config
+from tapebus.config import Config
+
+
+@click.command()
+@filters
+@click.option("--after", type=click.IntRange(min=0), default=0, help="Only events with a greater bus_seq.")
+@click.option("--limit", type=click.IntRange(min=0), help="At most this many events.")
+@click.option("--reverse", is_flag=True, help="Newest first.")
+@json_option
+@with_config
+def query(
+    config: Config,
+    topics: tuple[str, ...],
+    since: float | None,
+    until: float | None,
+    correlation_id: str | None,
+    after: int,
+    limit: int | None,
+    reverse: bool,
+    as_json: bool,
+) -> None:
+    """Print events from the tape; the bus need not run. With --json, one object per line."""
+    show = event_json if as_json else event_line
+    with open_tape(config) as tape:
+        found = tape.read(
+            after=after,
+            topics=list(topics) or None,
+            since=since,
+            until=until,
+            correlation_id=correlation_id,
+            limit=limit,
+            reverse=reverse,
+        )
+        for event in found:
+            sys.stdout.write(show(event) + "\n")
+
+
+@click.command()
+@click.option("--topic", "topics", multiple=True, help="Event type, exact or prefix.*; repeatable.")
+@click.option("-n", "--lines", type=click.IntRange(min=0), default=10, show_default=True, help="Old events first.")
+@click.option("--after", type=click.IntRange(min=0), help="Begin after this bus_seq instead.")
+@json_option
+@with_config
+def tail(config: Config, topics: tuple[str, ...], lines: int, after: int | None, as_json: bool) -> None:
+    """Print the newest events, then every new one as it reaches the disk, until interrupted."""
+    show = event_json if as_json else event_line
+    chosen = list(topics) or None
+    with open_tape(config) as tape:
+        if after is None:
+            last = tape.last_seq
+            newest = [event for event in tape.read(topics=chosen, limit=lines, reverse=True) if event.bus_seq <= last]
+            for event in reversed(newest):
+                sys.stdout.write(show(event) + "\n")
+            after = last
+        sys.stdout.flush()
+        for event in tape.follow(after=after, topics=chosen):
+            sys.stdout.write(show(event) + "\n")
+            sys.stdout.flush()

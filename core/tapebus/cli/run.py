@@ -1,0 +1,52 @@
+"""``tapebus run`` and ``tapebus pm2``."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import click
+
+from tapebus.cli.common import with_config
+from tapebus.config import Config
+
+
+@click.command()
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    show_default=True,
+    help="Least important line to log.",
+)
+@with_config
+def run(config: Config, log_level: str) -> int:
+    """Run the bus in the foreground until SIGINT or SIGTERM; a second signal forces the end."""
+    from tapebus.runtime import Runtime
+
+    logging.basicConfig(
+        level=log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+    )
+    # Its INFO lines hold the URL, and with it the token of the bot.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    return Runtime(config).run()
+
+
+@click.command()
+@click.option("--name", default="tapebus", show_default=True, help="Name of the process in PM2.")
+@click.option("--memory", default="500M", show_default=True, help="PM2 restarts the bus above this.")
+@with_config
+@click.pass_context
+def pm2(ctx: click.Context, config: Config, name: str, memory: str) -> None:
+    """Print an ecosystem.config.js that runs this bus: tapebus pm2 > ecosystem.config.js."""
+    from tapebus.pm2 import ecosystem
+
+    text = ecosystem(
+        ctx.meta.get("tapebus.config_file"),
+        sys.executable,
+        data_dir=config.data_dir,
+        name=name,
+        drain_s=config.bus.drain_s,
+        memory=memory,
+    )
+    click.echo(text, nl=False)

@@ -1,0 +1,130 @@
+"""A consumer in its own process: it may be killed or hang, and what it emits is neither lost nor doubled."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tapebus.config import Config
+from tapebus.runtime import Runtime
+from tapebus.tape import Tape
+
+PLUGIN = '''
+import os, time
+from tapebus import Consumer, hookimpl
+
+@hookimpl
+def tapebus_register_consumers(context):
+    def handler(batch):
+        for event in batch:
+            if event.data.action == "hang":
+                flag = context.data_dir / "hung"
+                if not flag.exists():
+                    flag.touch()
+                    time.sleep(3600)
+            if event.data.action == "raise":
+                raise ValueError("as told")
+            count = int(context.state.get("count", b"0")) + 1
+            context.state["count"] = str(count).encode()
+            context.emit("echo", {"of": event.bus_seq, "count": count, "pid": os.getpid()}, cause=event)
+    return [Consumer(name="echo", topics=["user_action"], handler=handler, mode="process", start="first")]
+'''
+
+
+@pytest.fixture
+def runtime(
+    data_dir: Path, free_ports: Callable[[int], list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Runtime]:
+    """A bus whose plugin ``echo`` runs in a process of its own."""
+    (tmp_path / "echo_plugin.py").write_text(PLUGIN)
+    info = tmp_path / "echo_plugin-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: echo-plugin\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[tapebus.plugins]\necho = echo_plugin\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    feed, ingest, acked = free_ports(3)
+    config = tmp_path / "bus.toml"
+    config.write_text(
+        f"""
+[bus]
+data_dir = "{data_dir}"
+publish_heartbeat = false
+[listen]
+feed = "tcp://127.0.0.1:{feed}"
+ingest = "tcp://127.0.0.1:{ingest}"
+acked = "tcp://127.0.0.1:{acked}"
+[plugins]
+enabled = ["schema", "store", "echo"]
+[plugins.echo]
+deadline_s = 3.0
+"""
+    )
+    with Runtime(Config.load(config)) as running:
+        yield running
+
+
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = 30.0) -> Any:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        found = condition()
+        if found:
+            return found
+        time.sleep(0.02)
+    raise AssertionError(f"not within {seconds:g} s: {what}")
+
+
+def echoes(runtime: Runtime) -> list[Any]:
+    with Tape.open(runtime.config.data_dir) as tape:
+        return list(tape.read(topics=["echo"]))
+
+
+def publish(runtime: Runtime, count: int, action: str = "click") -> None:
+    for _ in range(count):
+        runtime.publish("user_action", {"user_id": "u1", "action": action})
+
+
+def row(runtime: Runtime) -> dict[str, Any]:
+    return next(each for each in runtime.stats()["consumers"] if each["name"] == "echo")
+
+
+def test_each_event_is_answered_once_across_kills_of_the_worker(runtime: Runtime) -> None:
+    total = 0
+    for round_ in range(3):
+        publish(runtime, 200)
+        total += 200
+        wanted = total - 150
+        pid = wait_for(lambda: len(echoes(runtime)) >= wanted and echoes(runtime)[-1].data["pid"], f"round {round_}")
+        os.kill(pid, signal.SIGKILL)
+    found = wait_for(lambda: len(echoes(runtime)) >= total and echoes(runtime), "all echoes")
+    assert [each.data["count"] for each in found] == list(range(1, total + 1))
+    with Tape.open(runtime.config.data_dir) as tape:
+        asked = [event.bus_seq for event in tape.read(topics=["user_action"])]
+    assert [each.data["of"] for each in found] == asked
+
+
+def test_a_hung_worker_is_killed_and_continues_from_its_cursor(runtime: Runtime) -> None:
+    publish(runtime, 10)
+    publish(runtime, 1, "hang")
+    publish(runtime, 10)
+    found = wait_for(lambda: len(echoes(runtime)) == 21 and echoes(runtime), "the worker to be replaced")
+    assert [each.data["count"] for each in found] == list(range(1, 22))
+    assert row(runtime)["state"] == "running"
+    assert "killed" in row(runtime)["last_error"]
+
+
+def test_an_event_the_worker_cannot_handle_becomes_a_dead_letter(runtime: Runtime) -> None:
+    publish(runtime, 1)
+    publish(runtime, 1, "raise")
+    publish(runtime, 1)
+    wait_for(lambda: len(echoes(runtime)) == 2, "both good events")
+    with Tape.open(runtime.config.data_dir) as tape:
+        letter = wait_for(lambda: list(tape.dead_letters()), "the dead letter")[0]
+    assert (letter.place, letter.reason, letter.bus_seq) == ("plugin.echo", "error", 2)
+    assert "as told" in letter.detail
+    assert wait_for(lambda: row(runtime)["errors"], "the count") == 1
