@@ -10,11 +10,14 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
 from tapebus.errors import BusNotRunning, UsageError
+
+if TYPE_CHECKING:
+    from tapebus.publisher import Publisher
 
 _EXTRA = ("correlation_id", "causation_id", "user_id", "session_id", "event_id", "priority")
 _LEAN_MEMBER = re.compile(r"(\d{8})_([a-z0-9.]+)_tick", re.IGNORECASE)
@@ -230,17 +233,6 @@ def _seconds(value: Any) -> float:
 # -- publishing ---------------------------------------------------------------------------------
 
 
-class _Publisher(Protocol):
-    source: str
-    outbox: Any
-
-    def _setup(self, source: str, outbox: Any) -> None: ...
-    @property
-    def publish(self) -> Callable[..., bool]: ...
-    def flush(self, timeout: float = ...) -> bool: ...
-    def stats(self) -> dict[str, Any]: ...
-
-
 class Summary(msgspec.Struct):
     """What became of a replay; ``acked`` events are on disk, ``rejected`` counts those the bus refused,
     ``unsendable`` those the publisher could not even encode."""
@@ -257,7 +249,7 @@ class Summary(msgspec.Struct):
         return self.events / self.seconds if self.seconds > 0 else 0.0
 
 
-def publish(publisher: _Publisher, record: Recorded) -> bool:
+def publish(publisher: Publisher, record: Recorded) -> bool:
     """Publish one record under its own source; from one thread only."""
     if publisher.source != record.source:
         # Same outbox, so events of several sources keep their order.
@@ -272,7 +264,7 @@ _CHECK_EVERY = 256
 
 def replay(
     records: Iterable[Recorded],
-    publisher: _Publisher,
+    publisher: Publisher,
     *,
     speed: float | None = None,
     patience_s: float = 10.0,
@@ -312,7 +304,7 @@ def replay(
     return summary
 
 
-def _wait_for(publisher: _Publisher, limit: int, patience_s: float, clock: Callable[[], float]) -> None:
+def _wait_for(publisher: Publisher, limit: int, patience_s: float, clock: Callable[[], float]) -> None:
     """Wait until at most `limit` events are in flight, as long as the number keeps falling."""
     lowest = publisher.stats()["in_flight"]
     deadline = clock() + patience_s

@@ -92,6 +92,8 @@ class Commands(click.Group):
                 call_one(load([name]), "tapebus_register_commands", name, cli=self)
             except TapebusError as error:
                 problems.append(str(error))
+            except Exception as error:
+                problems.append(f"plugin {name!r} cannot add its commands: {type(error).__name__}: {error}")
         return problems
 
 
@@ -131,10 +133,9 @@ def main(args: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
     except ImportError as error:
-        if not (error.name or "").startswith("tapebus"):
+        if not (error.name or "").startswith("tapebus._"):
             raise
-        built = "" if "not compiled" in str(error) else ": run `pip install -e .` at the repository root"
-        click.echo(f"tapebus: {error}{built}", err=True)
+        click.echo("tapebus: tapebus is not compiled: run `pip install -e .` at the repository root", err=True)
         return 1
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""

@@ -29,17 +29,18 @@ def load_config(config: str | None = None, data_dir: str | None = None) -> Confi
 
 
 def with_config(function: _F) -> _F:
-    """Add ``--config`` and ``--data-dir`` and pass the loaded `Config` as the first argument."""
+    """Add ``--config`` and ``--data-dir`` and pass the loaded `Config` as ``config``."""
 
     @click.option("--config", "config_file", type=click.Path(), help="TOML file with the configuration.")
     @click.option("--data-dir", "data_dir", type=click.Path(), help="Directory of the tape.")
-    @click.pass_context
     @functools.wraps(function)
-    def wrapped(ctx: click.Context, config_file: str | None, data_dir: str | None, **arguments: Any) -> Any:
+    def wrapped(*args: Any, config_file: str | None, data_dir: str | None, **arguments: Any) -> Any:
+        ctx = click.get_current_context()
         given = ctx.find_root().obj or {}
         path = config_file or given.get("config")
         ctx.meta["tapebus.config_file"] = path
-        return function(load_config(path, data_dir or given.get("data_dir")), **arguments)
+        config = load_config(path, data_dir or given.get("data_dir"))
+        return function(*args, config=config, **arguments)
 
     return wrapped  # type: ignore[return-value]
 
@@ -48,7 +49,13 @@ def json_option(function: _F) -> _F:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(function)
 
 
-class When(click.ParamType):
+if TYPE_CHECKING:
+    _ParamType = click.ParamType[float]
+else:
+    _ParamType = click.ParamType
+
+
+class When(_ParamType):
     """A moment: Unix seconds, ISO 8601 (UTC unless it says otherwise) or an age such as 6h or 30d."""
 
     name = "time"

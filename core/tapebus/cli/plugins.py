@@ -14,8 +14,8 @@ from tapebus.errors import BusNotRunning, TapebusError, UsageError
 
 @click.group(invoke_without_command=True)
 @json_option
-@with_config
 @click.pass_context
+@with_config
 def plugins(ctx: click.Context, config: Config, as_json: bool) -> None:
     """List installed plugins with their hooks and, while the bus runs, what their consumers do."""
     ctx.meta["tapebus.loaded"] = config
@@ -29,8 +29,13 @@ def plugins(ctx: click.Context, config: Config, as_json: bool) -> None:
     table(
         ["name", "enabled", "mode", "state", "hooks"],
         [
-            [row["name"], "yes" if row["enabled"] else "no", ",".join(row["modes"]), row["state"]]
-            + [row["error"] or ", ".join(row["hooks"])]
+            (
+                row["name"],
+                "yes" if row["enabled"] else "no",
+                ",".join(row["modes"]),
+                row["state"],
+                row["error"] or ", ".join(row["hooks"]),
+            )
             for row in rows
         ],
         empty="no plugins installed",

@@ -41,6 +41,7 @@ def publish(
     is the data of one event; without TYPE every line is a whole envelope.
     """
     extra = {key: value for key, value in envelope.items() if value is not None}
+    records: Iterator[Recorded]
     if event_type is None or event_type == "-":
         records = (_line(number, text, None, source, extra) for number, text in _stdin())
     elif data == ("-",):

@@ -6,7 +6,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
@@ -18,8 +18,13 @@ from tapebus.replay import Recorded, Recording
 from tapebus.replay import replay as publish_all
 from tapebus.testing import matches
 
+if TYPE_CHECKING:
+    _ParamType = click.ParamType[float | None]
+else:
+    _ParamType = click.ParamType
 
-class Speed(click.ParamType):
+
+class Speed(_ParamType):
     """How many times faster than recorded; None means as fast as it goes."""
 
     name = "N|max"
@@ -67,9 +72,8 @@ def replay(
         shown = {"file": str(file), **msgspec.structs.asdict(summary), "skipped": recording.skipped}
         click.echo(msgspec.json.encode(shown))
     else:
-        click.echo(
-            f"{summary.events:,} events in {summary.seconds:.2f} s, {summary.rate:,.0f} events/s, {summary.acked:,} acked"
-        )
+        pace = f"{summary.events:,} events in {summary.seconds:.2f} s, {summary.rate:,.0f} events/s"
+        click.echo(f"{pace}, {summary.acked:,} acked")
     if recording.skipped:
         click.echo(f"tapebus: {recording.skipped} lines are no events; first: {recording.problem}", err=True)
     if summary.acked < summary.events:

@@ -35,8 +35,8 @@ def run(config: Config, log_level: str) -> int:
 @click.command()
 @click.option("--name", default="tapebus", show_default=True, help="Name of the process in PM2.")
 @click.option("--memory", default="500M", show_default=True, help="PM2 restarts the bus above this.")
-@with_config
 @click.pass_context
+@with_config
 def pm2(ctx: click.Context, config: Config, name: str, memory: str) -> None:
     """Print an ecosystem.config.js that runs this bus: tapebus pm2 > ecosystem.config.js."""
     from tapebus.pm2 import ecosystem

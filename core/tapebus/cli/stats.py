@@ -27,8 +27,14 @@ def stats(config: Config, as_json: bool) -> None:
     table(
         ["source", "highest_seq", "stored", "rejected", "dropped", "in_flight"],
         [
-            [p["source"] or p["producer_id"], p["highest_seq"], p["stored"]]
-            + [amount(p["rejected"]), amount(p["dropped"]), p["in_flight"]]
+            (
+                p["source"] or p["producer_id"],
+                p["highest_seq"],
+                p["stored"],
+                amount(p["rejected"]),
+                amount(p["dropped"]),
+                p["in_flight"],
+            )
             for p in found["producers"]
         ],
     )
@@ -36,8 +42,17 @@ def stats(config: Config, as_json: bool) -> None:
     table(
         ["name", "plugin", "mode", "cursor", "lag", "lag_ms", "handled", "errors", "state"],
         [
-            [c["name"], c["plugin"], c["mode"], c["cursor"], c["lag_events"], round(c["lag_ms"])]
-            + [c["handled"], c["errors"], c["state"]]
+            (
+                c["name"],
+                c["plugin"],
+                c["mode"],
+                c["cursor"],
+                c["lag_events"],
+                round(c["lag_ms"]),
+                c["handled"],
+                c["errors"],
+                c["state"],
+            )
             for c in found["consumers"]
         ],
     )
