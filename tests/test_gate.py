@@ -22,7 +22,7 @@ from tapebus_slots.sizing import Quote, budget, conversion, floor_to_step, loss_
 from tapebus_slots.symbols import Symbol, lookup
 
 LOG = Path(__file__).resolve().parents[1] / ".." / "shared" / "data" / "legacy" / "truth_log_20250811.jsonl"
-REGISTRY = Registry(tapebus_schema.tapebus_register_event_types())
+REGISTRY = Registry(tapebus_schema.tapebus_register_event_types({}))
 T0 = 1_754_892_347.0
 RICH = Account(10_000.0, 10_000.0, T0)
 FREE = SlotView(0, 10)

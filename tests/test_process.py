@@ -6,15 +6,17 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+
 from tapebus.config import Config
 from tapebus.runtime import Runtime
 from tapebus.tape import Tape
 
-PLUGIN = '''
+PLUGIN = """
 import os, time
 from tapebus import Consumer, hookimpl
 
@@ -33,7 +35,7 @@ def tapebus_register_consumers(context):
             context.state["count"] = str(count).encode()
             context.emit("echo", {"of": event.bus_seq, "count": count, "pid": os.getpid()}, cause=event)
     return [Consumer(name="echo", topics=["user_action"], handler=handler, mode="process", start="first")]
-'''
+"""
 
 
 @pytest.fixture
@@ -84,6 +86,11 @@ def echoes(runtime: Runtime) -> list[Any]:
         return list(tape.read(topics=["echo"]))
 
 
+def answered(runtime: Runtime, count: int) -> list[Any]:
+    found = echoes(runtime)
+    return found if len(found) >= count else []
+
+
 def publish(runtime: Runtime, count: int, action: str = "click") -> None:
     for _ in range(count):
         runtime.publish("user_action", {"user_id": "u1", "action": action})
@@ -98,10 +105,9 @@ def test_each_event_is_answered_once_across_kills_of_the_worker(runtime: Runtime
     for round_ in range(3):
         publish(runtime, 200)
         total += 200
-        wanted = total - 150
-        pid = wait_for(lambda: len(echoes(runtime)) >= wanted and echoes(runtime)[-1].data["pid"], f"round {round_}")
+        pid = wait_for(partial(answered, runtime, total - 150), f"round {round_}")[-1].data["pid"]
         os.kill(pid, signal.SIGKILL)
-    found = wait_for(lambda: len(echoes(runtime)) >= total and echoes(runtime), "all echoes")
+    found = wait_for(partial(answered, runtime, total), "all echoes")
     assert [each.data["count"] for each in found] == list(range(1, total + 1))
     with Tape.open(runtime.config.data_dir) as tape:
         asked = [event.bus_seq for event in tape.read(topics=["user_action"])]

@@ -157,7 +157,7 @@ def test_policies_are_set_by_event_type():
     types = {each.name: each for each in tapebus_schema.event_types({"policy": {"market_data": "pass"}})}
     assert types["market_data"].policy == "pass"
     assert types["fire_command"].policy == "reject"
-    defaults = {each.name: each.policy for each in tapebus_schema.tapebus_register_event_types()}
+    defaults = {each.name: each.policy for each in tapebus_schema.tapebus_register_event_types({})}
     assert {name for name, policy in defaults.items() if policy != "reject"} == {
         "market_data",
         "market_data.orderbook",

@@ -11,7 +11,7 @@ from tapebus.errors import ConfigError
 from tapebus.events import Registry
 from tapebus.testing import PluginBench, RecordingContext
 
-REGISTRY = Registry(tapebus_schema.tapebus_register_event_types())
+REGISTRY = Registry(tapebus_schema.tapebus_register_event_types({}))
 UUID = "COMMANDER_DEV_001"
 T0 = 1_758_500_000.0
 

@@ -12,7 +12,7 @@ import tapebus_slots
 from tapebus.events import Registry
 from tapebus.testing import PluginBench
 
-REGISTRY = Registry(tapebus_schema.tapebus_register_event_types())
+REGISTRY = Registry(tapebus_schema.tapebus_register_event_types({}))
 STRONG = {"rejected", "position_closed", "snapshot", "closed_tp"}
 
 

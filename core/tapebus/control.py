@@ -78,6 +78,7 @@ class Control(threading.Thread):
                 identity, *parts = self._socket.recv_multipart()
                 if len(parts) == 1:
                     self._socket.send_multipart((identity, self._answer(parts[0])), zmq.DONTWAIT)
+
     def discard(self) -> None:
         """Release the socket and the bell; for a thread that has ended or never started."""
         self._socket.close()

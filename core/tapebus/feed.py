@@ -120,5 +120,3 @@ def bind(socket: Any, endpoint: str, key: str) -> None:
         raise TapebusError(
             f"{key}: cannot listen on {endpoint}: {error.strerror}; stop the other program or configure another port"
         ) from None
-
-

@@ -224,7 +224,10 @@ class Fence:
             self.history = [*self.history[-19:], (time.time(), state)]
             if state == "open":
                 self.context.log.warning(
-                    "consumer %s: breaker open after %d errors, last: %s", self.consumer.name, self.errors, self.last_error
+                    "consumer %s: breaker open after %d errors, last: %s",
+                    self.consumer.name,
+                    self.errors,
+                    self.last_error,
                 )
 
     def pause(self) -> None:

@@ -26,6 +26,7 @@ from tapebus.dispatcher import Dispatcher
 from tapebus.errors import StoreError, TapebusError
 from tapebus.events import DeadLetter, Wire
 from tapebus.feed import Feed, bind
+from tapebus.fence import Fence
 from tapebus.outlets import ThreadConsumer
 from tapebus.statistics import Statistics
 from tapebus.supervisor import ProcessConsumer
@@ -104,9 +105,7 @@ class Runtime:
     def _wire_threads(self, last_seq: int) -> None:
         config = self.config
         self.statistics = Statistics(self)
-        self.tape = TapeWriter(
-            self.ring, self.ingest, self.store, self._fail, self.statistics.durable_counters
-        )
+        self.tape = TapeWriter(self.ring, self.ingest, self.store, self._fail, self.statistics.durable_counters)
         self.wiring = Wiring(self.manager, config, self.ring, self.store, self.tape.bury)
         cursors = [fence.cursor for fence in self.wiring.inline]
         self.dispatcher = Dispatcher(
@@ -163,7 +162,7 @@ class Runtime:
         ]
 
     def _socket(self, kind: int, endpoint: str, key: str) -> zmq.Socket[bytes]:
-        socket = self._zmq.socket(kind)
+        socket: zmq.Socket[bytes] = self._zmq.socket(kind)
         self._closing.append(lambda: socket.close(0))
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.RCVHWM, INGEST_HWM)
@@ -211,6 +210,11 @@ class Runtime:
             else:
                 log.critical("the bus must stop: %s", error, exc_info=error)
         self._stop_asked.set()
+
+    @property
+    def consumers(self) -> list[Fence | ProcessConsumer]:
+        """Every consumer of every mode, for figures and steering."""
+        return [*self.wiring.fences, *self.processes]
 
     def ask_to_stop(self) -> None:
         """Let `run` return soon; safe in a signal handler."""

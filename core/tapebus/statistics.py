@@ -115,7 +115,7 @@ class Statistics:
         now = time.time()
         return [
             figures(fence, last, (now - runtime.tape.done_at) * 1e3 if fence.cursor < last else 0.0)
-            for fence in (*runtime.wiring.fences, *runtime.processes)
+            for fence in runtime.consumers
         ]
 
     def _plugins(self) -> dict[str, dict[str, Any]]:
@@ -144,7 +144,7 @@ class Statistics:
         }
 
     def _steer(self, message: dict[str, Any], verb: str) -> dict[str, Any]:
-        fences = [*self._runtime.wiring.fences, *self._runtime.processes]
+        fences = self._runtime.consumers
         for fence in fences:
             if fence.consumer.name == message.get("consumer"):
                 getattr(fence, verb)()

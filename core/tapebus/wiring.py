@@ -84,9 +84,7 @@ class Wiring:
 
 def _check_modes(plugin: str, consumers: list[Consumer]) -> None:
     if len({consumer.mode for consumer in consumers}) > 1:
-        raise PluginError(
-            f"plugin {plugin!r} mixes consumer modes: its state and emitted events belong to one thread"
-        )
+        raise PluginError(f"plugin {plugin!r} mixes consumer modes: its state and emitted events belong to one thread")
 
 
 def in_order(fences: list[Fence]) -> list[Fence]:

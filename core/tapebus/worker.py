@@ -118,10 +118,7 @@ class Worker:
 
     def _find(self, orders: Orders) -> Consumer:
         found: list[Consumer] = (
-            plugins.call_one(
-                self._manager, "tapebus_register_consumers", orders.plugin, context=self._context
-            )
-            or []
+            plugins.call_one(self._manager, "tapebus_register_consumers", orders.plugin, context=self._context) or []
         )
         for consumer in found:
             if consumer.name == orders.consumer:

@@ -50,5 +50,5 @@ def tapebus_register_commands(cli: click.Group) -> None:
         elif as_json:
             click.echo(json.dumps(json_schemas(), indent=2))
         else:
-            for each in default_types():
+            for each in event_types({}):
                 click.echo(f"{each.name:26} {each.policy:10} {each.doc}")

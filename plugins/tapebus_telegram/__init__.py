@@ -44,6 +44,13 @@ def tapebus_register_consumers(context: Context) -> list[Consumer]:
 
 
 @hookimpl
+def tapebus_start(context: Context) -> None:
+    """Say once whether anything will leave this machine."""
+    relay = _relays[id(context)][0]
+    context.log.info("%s", relay.health()["message"])
+
+
+@hookimpl
 def tapebus_health(context: Context) -> dict[str, Any]:
     found = _relays.get(id(context))
     return found[0].health() if found else {"status": "error", "message": "not started"}
