@@ -19,6 +19,8 @@ from typing import Any
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))
+
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
 #: Seconds: an upper bound for a loaded machine, never a claim about speed.
@@ -178,6 +180,40 @@ def make_bus(data_dir: Path, free_ports: Callable[[int], list[int]]) -> Iterator
     for each in made:
         if each.process is not None:
             each.kill()
+
+
+@pytest.fixture
+def embed(data_dir: Path, free_ports: Callable[[int], list[int]]) -> Iterator[Callable[..., Any]]:
+    """``embed(plugins, ("name", object), …, extra="toml")``: a started bus in this process, stopped after the test.
+
+    A second call with ``again=`` a former one starts on the same data directory and ports.
+    """
+    from bus_support import Embedded
+
+    from tapebus.config import Config
+
+    made: list[Any] = []
+
+    def make(
+        names: Sequence[str], *plugins: tuple[str, Any], extra: str = "", bus: str = "", again: Any = None
+    ) -> Any:
+        if again is None:
+            listen = [f"tcp://127.0.0.1:{port}" for port in free_ports(3)]
+            directory = data_dir / f"data{len(made)}"
+        else:
+            listen, directory = [again.feed, again.ingest, again.acked], again.data_dir
+        file = data_dir / f"tapebus{len(made)}.toml"
+        file.write_text(
+            f"[bus]\ndata_dir = {json.dumps(str(directory))}\npublish_heartbeat = false\n{bus}\n"
+            f'[listen]\nfeed = "{listen[0]}"\ningest = "{listen[1]}"\nacked = "{listen[2]}"\n'
+            f"[plugins]\nenabled = {json.dumps(list(names))}\n{extra}\n"
+        )
+        made.append(Embedded(Config.load(file, environ={}), list(plugins)))
+        return made[-1].start()
+
+    yield make
+    for each in made:
+        each.stop()
 
 
 @pytest.fixture
