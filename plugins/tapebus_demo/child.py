@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import select
-import signal
 import sys
 import time
 from typing import Any
@@ -33,8 +32,6 @@ class Parent:
     """
 
     def __init__(self) -> None:
-        # Ctrl-C reaches the whole process group; the demo ends its processes in order.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
         self._poll = select.poll()
         self._poll.register(0, select.POLLIN | select.POLLHUP)
         self.gone = False

@@ -34,7 +34,7 @@ INSTRUMENTS = (
     Instrument("BTCUSD", 118420.00, 12.0, 2),
 )
 #: Standard deviation of one step, in spreads: lively enough for a stop or a target within seconds.
-STEP = 0.6
+STEP = 0.35
 
 
 class Quote(NamedTuple):

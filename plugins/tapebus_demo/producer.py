@@ -23,7 +23,7 @@ from tapebus_demo.trading import generate_signals, run_terminal
 #: Seconds between two rounds of the market process; each round carries one probe.
 ROUND_S = 0.005
 #: Every so many simulated quotes one is crossed (ask below bid), which real feeds do as well.
-CROSSED_EVERY = 1500
+CROSSED_EVERY = 3000
 #: Events in flight at which the burst waits: well below the capacity of a publisher, so none is dropped.
 WINDOW = 32_768
 #: Every so many messages of the unsequenced process one is no JSON at all.

@@ -101,7 +101,7 @@ def summarise(session: Session, seconds: float) -> dict[str, Any]:
         "patterns": by_pattern(outcomes),
         "slots": {"used": int(slots_used), "max": int(slots_max), "peak": session.slots_peak},
         "story": story,
-        "telegram": _telegram(data_dir),
+        "telegram": {"count": plugins["telegram"]["metrics"]["dry_run"], "examples": _telegram(data_dir)},
         "consumers": [{k: each[k] for k in ("name", "handled", "errors", "state")} for each in stats["consumers"]],
         "data_dir": str(data_dir),
         "config": str(session.config_file),
@@ -218,19 +218,19 @@ def _what(event: Any) -> str:
     return f"{data.slots_used} of {data.slots_max} slots used"
 
 
-def _telegram(data_dir: Path) -> dict[str, Any]:
-    """What the Telegram plugin would have sent.
+def _telegram(data_dir: Path) -> list[dict[str, str]]:
+    """What the Telegram plugin would have sent, the newest message of each kind.
 
     Plugins do not import each other; a demonstration of all of them is no plugin's business but this
     one's, so it asks the installed plugin, by its entry point, to read its own state.
     """
     point = next(iter(entry_points(group="tapebus.plugins", name="telegram")), None)
     if point is None:
-        return {"count": 0, "examples": []}
+        return []
     reader = load(["store"]).hook.tapebus_open_store(data_dir=data_dir, config={}, readonly=True)
     try:
         messages = point.load().rendered(reader.state("telegram"))
     finally:
         reader.close()
-    examples = {each["topic"]: each["text"] for each in reversed(messages)}
-    return {"count": len(messages), "examples": [{"topic": k, "text": v} for k, v in sorted(examples.items())]}
+    newest = {each["topic"]: each["text"] for each in messages}
+    return [{"topic": topic, "text": newest[topic]} for topic in sorted(newest)]

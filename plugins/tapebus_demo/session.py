@@ -30,7 +30,7 @@ from tapebus_demo.probe import LatencyProbe
 from tapebus_demo.trading import TERMINAL, USER
 
 #: Per second of the session: quotes, signals, messages of the unsequenced program; and the burst's events.
-QUOTES, SIGNALS, VIEWS, BURST = 800, 9, 20, 20_000
+QUOTES, SIGNALS, VIEWS, BURST = 1600, 9, 20, 20_000
 BURST_PROCESSES = 2
 #: Seconds that open signals get to end after the last one was made, longer than one lives.
 SETTLE_S = 6.0
@@ -58,7 +58,10 @@ class Process:
         self.account: dict[str, Any] = {}
         command = [sys.executable, "-m", "tapebus_demo.producer", msgspec.json.encode(order).decode()]
         environ = {**os.environ, "PYTHONPATH": os.pathsep.join(each for each in sys.path if each)}
-        self._popen = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environ)
+        # A group of its own: Ctrl-C is for the demo, which ends its processes in order.
+        self._popen = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environ, process_group=0
+        )
         self._in, self._out = cast(IO[bytes], self._popen.stdin), cast(IO[bytes], self._popen.stdout)
 
     def _line(self, seconds: float) -> dict[str, Any]:
@@ -89,18 +92,22 @@ class Process:
         self._out.close()
         return self.account
 
-    def abandon(self) -> None:
-        """End it without its account; safe to call at any time."""
-        for pipe in (self._in, self._out):
-            try:
-                pipe.close()
-            except BrokenPipeError:
-                pass
+    def hang_up(self) -> None:
+        """Tell it to end; safe to call at any time."""
         try:
-            self._popen.wait(1.0)
+            self._in.close()
+        except BrokenPipeError:
+            pass
+
+    def abandon(self) -> None:
+        """See it end, without its account; safe to call at any time."""
+        self.hang_up()
+        try:
+            self._popen.wait(2.0)
         except subprocess.TimeoutExpired:
             self._popen.kill()
             self._popen.wait()
+        self._out.close()
 
 
 class Session:
@@ -122,8 +129,7 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for process in self._processes:
-            process.abandon()
+        self._end_processes()
         if not self.options.keep:
             shutil.rmtree(self.directory, ignore_errors=True)
 
@@ -138,12 +144,22 @@ class Session:
         logging.getLogger("tapebus").setLevel(logging.ERROR)
         self.runtime = Runtime(self.config, plugins=[("latency", self.probe)])
         with self.runtime:
-            self._play()
+            try:
+                self._play()
+            finally:
+                # While the bus still runs: a producer that cannot reach it would wait before it ends.
+                self._end_processes()
             self.stats = self.runtime.stats()
         return results.summarise(self, time.monotonic() - began)
 
     def accounts(self, role: str) -> list[dict[str, Any]]:
         return [each.account for each in self._processes if each.role == role]
+
+    def _end_processes(self) -> None:
+        for process in self._processes:
+            process.hang_up()
+        for process in self._processes:
+            process.abandon()
 
     # -- phases ----------------------------------------------------------------------------------
 
@@ -185,7 +201,7 @@ class Session:
         return process
 
     def _all_ended(self) -> bool:
-        return self.runtime.stats()["plugins"]["outcomes"]["metrics"]["open"] == 0
+        return bool(self.runtime.stats()["plugins"]["outcomes"]["metrics"]["open"] == 0)
 
     def _watch(self, phase: str, seconds: float, ended: Callable[[], bool], every: float = 0.25) -> None:
         """Show figures until `seconds` have passed or `ended` says so."""

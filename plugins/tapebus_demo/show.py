@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,11 @@ class Progress:
         if self._quiet:
             return self
         options = self._options
-        prices = f"recorded prices of {options.ticks}" if options.ticks else f"SIMULATED prices, seed {options.seed}"
+        prices = (
+            f"recorded prices ({os.path.basename(options.ticks)})"
+            if options.ticks
+            else f"SIMULATED prices, seed {options.seed}"
+        )
         trades = "the trades are simulated, nothing leaves this machine"
         self._console.print(f"[bold]tapebus demo[/]: {escape(prices)}; {trades}")
         if self._console.is_terminal:

@@ -26,6 +26,7 @@ PATTERNS = {
 LIFETIME_S = 5.0
 #: Every so many signals one has its stop inside the spread, and every so many fires one is refused.
 BAD_STOP_EVERY, REFUSE_EVERY = 17, 9
+BAD_STOP = "STOP_INSIDE_SPREAD"
 TERMINAL, USER, BALANCE = "demo-terminal", "demo-user", 10_000.0
 
 
@@ -90,7 +91,8 @@ def _signal(n: int, seed: int, draw: random.Random, tracks: dict[str, Track]) ->
     stop = track.stop_distance()
     target = max(PATTERNS[pattern] * stop, 2.5 * (track.ask - track.bid))
     if n % BAD_STOP_EVERY == 0:
-        stop = 0.5 * (track.ask - track.bid)
+        # Under a name of its own: in multiples of so small a stop every result is huge.
+        stop, pattern = 0.5 * (track.ask - track.bid), BAD_STOP
     return {
         "signal_id": f"DEMO_{seed}_{n:04d}",
         "symbol": symbol,
