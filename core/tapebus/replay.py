@@ -7,6 +7,7 @@ import math
 import re
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -75,7 +76,8 @@ class Recording:
                     yield from self._lines(stream, self.path.name)
         except OSError as error:
             raise UsageError(f"{self.path}: cannot read it: {error.strerror}") from None
-        except zipfile.BadZipFile as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+            # The last two are what zipfile raises for an unknown compression and for an encrypted member.
             raise UsageError(f"{self.path}: damaged zip file: {error}") from None
 
     def _lines(self, stream: Any, name: str) -> Iterator[Recorded]:

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 import click
 
@@ -29,6 +30,16 @@ class Commands(click.Group):
     """Built-in commands by name, then what the enabled plugins register."""
 
     _plugins_loaded = False
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
+        except BrokenPipeError:
+            # The reader has seen enough; the interpreter must not complain while flushing at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            return 0
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         for problem in self._load_plugins(ctx, []):
@@ -116,11 +127,14 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; every expected error is one line on standard error."""
     try:
         result = cli.main(args=list(args) if args is not None else None, prog_name="tapebus", standalone_mode=False)
-        sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except click.exceptions.Abort:
         return 130
     except click.ClickException as error:
+        if error.message.startswith("Usage:"):
+            # A group without a command: the help is the message.
+            click.echo(error.message, err=True)
+            return error.exit_code
         click.echo(f"tapebus: {error.format_message()}", err=True)
         return error.exit_code
     except TapebusError as error:
@@ -128,10 +142,6 @@ def main(args: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # The reader has seen enough; the interpreter must not complain while flushing at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 0
     except ImportError as error:
         if not (error.name or "").startswith("tapebus._"):
             raise

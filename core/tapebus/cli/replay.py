@@ -72,10 +72,11 @@ def replay(
         shown = {"file": str(file), **msgspec.structs.asdict(summary), "skipped": recording.skipped}
         click.echo(msgspec.json.encode(shown))
     else:
-        pace = f"{summary.events:,} events in {summary.seconds:.2f} s, {summary.rate:,.0f} events/s"
+        events = f"{summary.events:,} event{'s' * (summary.events != 1)}"
+        pace = f"{events} in {summary.seconds:.2f} s, {summary.rate:,.0f} events/s"
         click.echo(f"{pace}, {summary.acked:,} acked")
     if recording.skipped:
-        click.echo(f"tapebus: {recording.skipped} lines are no events; first: {recording.problem}", err=True)
+        click.echo(f"tapebus: {recording.skipped} unreadable lines left out, the first: {recording.problem}", err=True)
     if summary.acked < summary.events:
         raise TapebusError(
             f"{summary.rejected} events refused by the bus, {summary.unsendable} too large; see `tapebus dlq list`"

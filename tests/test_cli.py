@@ -1,0 +1,197 @@
+"""The command line: what it prints, what it refuses, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import pytest
+
+from tapebus.cli import _COMMANDS, main
+from tapebus.cli.common import WIDTH, When, cut, table
+
+
+@pytest.fixture(autouse=True)
+def no_settings_from_outside(monkeypatch, tmp_path):
+    for name in ("TAPEBUS_CONFIG", "TAPEBUS_ENDPOINT", "TAPEBUS_DATA_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "none"))
+    monkeypatch.setenv("HOME", str(tmp_path / "none"))
+
+
+def failure(capsys, *args: str) -> tuple[int, str]:
+    code = main(args)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Traceback" not in err
+    return code, err
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "words"),
+    [
+        (["stats"], 1, ["no bus runs on", "tapebus run"]),
+        (["stats", "--json"], 1, ["no bus runs on"]),
+        (["stat"], 2, ["did you mean 'stats'"]),
+        (["query", "--topic"], 2, ["--topic"]),
+        (["query", "--since", "yesterday"], 2, ["yesterday", "6h"]),
+        (["query"], 74, ["no tape"]),
+        (["stats", "--config", "/none.toml"], 78, ["/none.toml", "no such configuration file"]),
+        (["--config", "/none.toml", "stats"], 78, ["/none.toml"]),
+        (["run", "--data-dir", "/proc/none/x"], 78, ["bus.data_dir", "--data-dir"]),
+        (["publish", "note", "word"], 2, ["KEY=VALUE"]),
+        (["publish", "note", "{broken"], 2, ["not valid JSON"]),
+        (["replay", "/none.zip"], 2, ["/none.zip"]),
+        (["replay", __file__, "--speed", "0"], 2, ["speed"]),
+        (["replay", __file__], 2, ["not a known recording"]),
+        (["dlq", "purge"], 2, ["--all"]),
+    ],
+)
+def test_a_mistake_is_one_line_with_a_documented_exit_code(capsys, args, code, words):
+    found, err = failure(capsys, *args)
+    assert found == code
+    assert err.startswith("tapebus: ")
+    assert err.count("\n") == 1, err
+    assert [word for word in words if word not in err] == []
+
+
+def test_a_bind_beyond_this_machine_exits_78(capsys, monkeypatch):
+    monkeypatch.setenv("TAPEBUS_LISTEN_FEED", "tcp://0.0.0.0:5570")
+    assert failure(capsys, "run")[0] == 78
+
+
+def test_help_names_every_command_of_the_core_and_of_plugins(capsys):
+    assert main(["--help"]) == 0
+    listed = capsys.readouterr().out
+    assert [name for name in [*_COMMANDS, "demo"] if f"\n  {name} " not in listed] == []
+
+
+@pytest.mark.parametrize("name", _COMMANDS)
+def test_every_command_explains_itself_and_takes_config_and_data_dir(capsys, name):
+    commands = {"dlq": ["dlq", "list"]}
+    assert main([*commands.get(name, [name]), "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--config" in text and "--data-dir" in text
+
+
+def test_stats_loads_neither_the_runtime_nor_a_plugin_nor_rich():
+    code = (
+        "import sys; from tapebus.cli import main; main(['stats'])\n"
+        "heavy = {'rich', 'lmdb', 'tapebus.runtime', 'tapebus_schema', 'httpx', 'asyncio'} & set(sys.modules)\n"
+        "sys.exit(f'loaded {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_times_are_seconds_dates_or_ages():
+    def parse(text: str) -> float:
+        return When().convert(text, None, None)
+
+    assert parse("1754613325.5") == 1754613325.5
+    assert parse("2025-08-21T17:58:37") == parse("2025-08-21T19:58:37+02:00") == 1755799117.0
+    assert abs(time.time() - 6 * 3600 - parse("6h")) < 60
+    assert abs(time.time() - 30 * 86400 - parse("30d")) < 60
+    for wrong in ("", "nan", "6x", "inf"):
+        with pytest.raises(click.BadParameter):
+            parse(wrong)
+
+
+def test_tables_fit_and_cannot_steer_the_terminal(capsys):
+    table(["id", "text", "n"], [[1, "a\x1b[2J" + "x" * 300, 12345], [2, "y" * 90, 1]])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= WIDTH
+    assert "\x1b" not in "".join(lines)
+    assert lines[1].endswith("12,345")
+    assert cut("abcdef", 4) == "abc…"
+
+
+def test_publish_query_tail_and_stats_agree_about_a_running_bus(capsys, make_bus):
+    bus = make_bus(plugins=["schema", "store"], extra="[feed]\ntopic_prefix = 'x'").start()
+    where = ["--config", str(bus.config_file)]
+    quote = ["publish", "market_data", "symbol=EURUSD", "bid=1.1", "ask=1.2"]
+    assert main([*quote, "--correlation-id", "S1", *where]) == 0
+    assert "1 event published (on disk)" in capsys.readouterr().out
+    assert main(["query", "--json", "--topic", "market_data", *where]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    found = json.loads(line)
+    assert found["data"] == {"symbol": "EURUSD", "bid": 1.1, "ask": 1.2}
+    assert (found["correlation_id"], found["source"], found["event_type"]) == ("S1", "cli", "market_data")
+    assert main(["query", "--json", "--correlation-id", "S1", "--since", "1h", *where]) == 0
+    assert json.loads(capsys.readouterr().out) == found
+    assert main(["query", "--after", str(found["bus_seq"]), "--topic", "market_data", *where]) == 0
+    assert capsys.readouterr().out == ""
+    assert main(["stats", "--json", *where]) == 0
+    stats = json.loads(capsys.readouterr().out)
+    book = next(each for each in stats["producers"] if each["source"] == "cli")
+    assert (book["highest_seq"], book["stored"], book["in_flight"]) == (1, 1, 0)
+    assert main(["stats", *where]) == main(["plugins", *where]) == main(["query", *where]) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= WIDTH
+    assert main(["check", "--json", *where]) == 0
+    assert {each["status"] for each in json.loads(capsys.readouterr().out)} <= {"ok", "warn"}
+
+
+def test_a_refused_event_becomes_a_dead_letter_that_can_be_listed_shown_and_purged(capsys, make_bus):
+    bus = make_bus(plugins=["schema", "store"]).start()
+    where = ["--config", str(bus.config_file)]
+    main(["publish", "market_data", "symbol=EURUSD", "bid=x", "ask=1.2", *where])
+    capsys.readouterr()
+    assert main(["dlq", "list", "--json", "--topic", "market_data", *where]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    letter = json.loads(line)
+    assert letter["place"] == "schema"
+    assert main(["dlq", "show", str(letter["id"]), *where]) == 0
+    assert "EURUSD" in capsys.readouterr().out
+    assert main(["dlq", "purge", "--id", str(letter["id"]), "--yes", *where]) == 0
+    assert "1 purged" in capsys.readouterr().out
+    bus.wait_for(lambda _: main(["dlq", "list", *where]) == 0 and "no dead" in capsys.readouterr().out, "to purge")
+
+
+def test_json_lines_from_standard_input_are_published_in_order(make_bus):
+    bus = make_bus(plugins=["schema", "store"]).start()
+    command = [sys.executable, "-m", "tapebus"]
+    lines = "".join(json.dumps({"n": n}) + "\n" for n in range(50))
+    done = subprocess.run(
+        [*command, "publish", "note", "-", "--config", str(bus.config_file)],
+        input=lines,
+        capture_output=True,
+        text=True,
+        env=bus.environ(),
+    )
+    assert done.returncode == 0, done.stderr
+    # A reader that goes away early is no failure.
+    shell = subprocess.Popen(
+        [*command, "query", "--json", "--topic", "note", "--config", str(bus.config_file)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=bus.environ(),
+    )
+    assert shell.stdout is not None and shell.stderr is not None
+    assert json.loads(shell.stdout.readline())["data"] == {"n": 0}
+    shell.stdout.close()
+    assert shell.stderr.read() == b""
+    shell.stderr.close()
+    assert shell.wait(30) == 0
+
+
+def test_check_names_a_port_that_another_program_holds(capsys, make_bus):
+    import socket
+
+    bus = make_bus(plugins=["schema", "store"])
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", int(bus.feed.rpartition(":")[2])))
+        other.listen()
+        assert main(["check", "--config", str(bus.config_file)]) == 1
+    assert f"{bus.feed} is in use by another program" in capsys.readouterr().out
+
+
+def test_pm2_prints_a_file_that_names_the_configuration(capsys, make_bus):
+    bus = make_bus()
+    assert main(["pm2", "--config", str(bus.config_file)]) == 0
+    text = capsys.readouterr().out
+    assert str(Path(bus.config_file)) in text and "module.exports" in text
