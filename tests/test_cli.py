@@ -195,3 +195,19 @@ def test_pm2_prints_a_file_that_names_the_configuration(capsys, make_bus):
     assert main(["pm2", "--config", str(bus.config_file)]) == 0
     text = capsys.readouterr().out
     assert str(Path(bus.config_file)) in text and "module.exports" in text
+
+
+def test_a_dead_letter_published_again_leaves_the_list_and_returns_when_it_is_still_wrong(capsys, make_bus):
+    bus = make_bus(plugins=["schema", "store"]).start()
+    where = ["--config", str(bus.config_file)]
+
+    def buried() -> list[int]:
+        assert main(["dlq", "list", "--json", *where]) == 0
+        return [json.loads(line)["id"] for line in capsys.readouterr().out.splitlines()]
+
+    main(["publish", "market_data", "symbol=EURUSD", "bid=x", "ask=1.2", *where])
+    capsys.readouterr()
+    bus.wait_for(lambda _: buried() == [1], "to bury the event")
+    assert main(["dlq", "replay", "--all", *where]) == 0
+    assert "1 published again and purged" in capsys.readouterr().out
+    bus.wait_for(lambda _: buried() == [2], "to bury it again")
