@@ -10,12 +10,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
+from tapebus import Tape
+from tapebus.plugins import call_one, load
 from tapebus_demo.market import INSTRUMENTS, Market
 from tapebus_demo.results import by_pattern, wilson
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def command(*arguments: str) -> list[str]:
@@ -23,9 +24,8 @@ def command(*arguments: str) -> list[str]:
 
 
 def environ(temporary: Path) -> dict[str, str]:
-    paths = [str(ROOT / "core"), str(ROOT / "plugins")]
     kept = {name: value for name, value in os.environ.items() if not name.startswith("TAPEBUS_")}
-    return {**kept, "PYTHONPATH": os.pathsep.join(paths), "TMPDIR": str(temporary)}
+    return {**kept, "TMPDIR": str(temporary)}
 
 
 def run(temporary: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -120,8 +120,6 @@ def test_a_recording_is_played_and_read_by_people_within_100_columns(shared_data
     assert max(len(line) for line in text.splitlines()) <= 100
     kept = list(data_dir.glob("tapebus-demo-*"))
     assert len(kept) == 1 and str(kept[0]) in done.stdout
-    from tapebus import Tape
-
     with Tape.open(kept[0] / "data") as tape:
         assert {each.data.symbol for each in tape.read(topics=["signal_generated"])} <= {"EURUSD"}
 
@@ -152,6 +150,12 @@ def test_an_interrupted_demo_ends_its_processes_and_cleans_up(data_dir: Path) ->
     assert "Traceback" not in complaints and "stopped" in complaints
     assert not list(data_dir.glob("tapebus-demo-*"))
     assert processes_with(data_dir) == []
+
+
+def test_the_command_comes_through_the_plugin_door() -> None:
+    group = click.Group()
+    call_one(load(["demo"]), "tapebus_register_commands", "demo", cli=group)
+    assert list(group.commands) == ["demo"]
 
 
 def test_the_same_seed_gives_the_same_prices() -> None:
