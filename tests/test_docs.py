@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import click
 import pytest
-from tapebus_schema.catalog import default_types
 
 from tapebus import events, hookspecs, wire
 from tapebus.config import Config
+from tapebus_schema.catalog import default_types
 
 ROOT = Path(__file__).resolve().parents[1]
 SKIPPED = {".venv", "build", "dist", ".git", "node_modules", ".pytest_cache"}
