@@ -26,9 +26,12 @@ class Fault(NamedTuple):
 
 
 class Codec:
-    """Decoders for the types of one registry. One instance per thread; not fork-sensitive."""
+    """Decoders for the types of one registry. One instance per thread; not fork-sensitive.
 
-    def __init__(self, registry: Registry, topics: Topics | None = None) -> None:
+    With `reject_unknown` an event of a type nobody registered is a fault.
+    """
+
+    def __init__(self, registry: Registry, topics: Topics | None = None, reject_unknown: bool = False) -> None:
         self.registry = registry
         union: Any = registry.union()
         self._pack_list = msgspec.msgpack.Decoder(list[union])
@@ -38,6 +41,11 @@ class Codec:
         self._checks: list[Any] = []
         self._known = -1
         self.topics = topics if topics is not None else Topics()
+        self._reject_unknown = reject_unknown
+
+    def copy(self) -> Codec:
+        """The same for another thread."""
+        return Codec(self.registry, self.topics, self._reject_unknown)
 
     def register_topics(self) -> None:
         """Give every registered type a topic number and its aliases; done once, by the owner of the table."""
@@ -102,6 +110,9 @@ class Codec:
             return None
         except Exception as error:
             faults.append(Fault(index, "schema", f"{type(error).__name__}: {error}"[:500], None))
+            return None
+        if self._reject_unknown and isinstance(event, GenericEvent):
+            faults.append(Fault(index, "unknown_type", f"nobody registered {event.event_type!r}"[:500], None))
             return None
         stamp([event], view, i)
         event_type = self.registry.types.get(event.event_type)  # type: ignore[attr-defined]

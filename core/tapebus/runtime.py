@@ -81,7 +81,7 @@ class Runtime:
             topics.load(self.store.topics())
             last_seq = self.store.last_seq()
         self.first_seq = last_seq + 1
-        self.codec = Codec(registry, topics)
+        self.codec = Codec(registry, topics, reject_unknown=config.bus.unknown_types == "reject")
         self.codec.register_topics()
         self.ring = Ring(topics, config.bus.ring_entries, config.bus.ring_bytes, last_seq + 1)
         self._own = self.ring.producer(identity("bus"), 0, "tapebus", sequenced=False)
@@ -117,12 +117,9 @@ class Runtime:
             max_batch=config.bus.max_batch,
             bury=self.tape.bury,
             fail=self._fail,
-            reject_unknown=config.bus.unknown_types == "reject",
         )
         self.threads = [
-            ThreadConsumer(
-                fence, Codec(self.codec.registry, self.codec.topics), self.store, last_seq, config.bus.max_batch
-            )
+            ThreadConsumer(fence, self.codec.copy(), self.store, last_seq, config.bus.max_batch)
             for fence in self.wiring.threads
         ]
         self.dispatcher.outlets = list(self.threads)
