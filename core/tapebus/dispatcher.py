@@ -71,7 +71,6 @@ class Dispatcher(threading.Thread):
         max_batch: int,
         bury: Callable[[DeadLetter], None],
         fail: Callable[[BaseException], None],
-        reject_unknown: bool = False,
     ) -> None:
         super().__init__(name="tapebus-dispatch", daemon=True)
         self.codec = codec
@@ -81,7 +80,6 @@ class Dispatcher(threading.Thread):
         self._max_batch = max_batch
         self._bury = bury
         self._fail = fail
-        self._reject_unknown = reject_unknown
         self._fan = FanOut(codec, [tuple(fence.consumer.topics) for fence in fences])
         self._lanes = [fence for fence in fences if fence.consumer.lanes]
         load = (lambda after: store.blocks(after)) if store is not None else None
@@ -136,14 +134,13 @@ class Dispatcher(threading.Thread):
             # what was judged before a restart is replayed only for the consumers that lag behind it
             if faults and last > self._judged:
                 self._judge(faults, first, view)
-            if self._reject_unknown:
-                self._drop_unknown(events)
             self._judged = max(self._judged, last)
             urgent = block.urgent > 0
             for outlet in self.outlets:
                 outlet.offer(Slice(events, view, start, last, urgent))
             for fence, wanted in zip(self.fences, self._fan.split(events, view, start), strict=True):
-                if fence.cursor + 1 >= first and fence.ready:
+                # without a store there is nothing to catch up from: such a consumer goes on with what comes
+                if (fence.cursor + 1 >= first or self.store is None) and fence.ready:
                     fence.offer(wanted, last)
 
     def _judge(self, faults: list[Fault], first: int, view: BlockView) -> None:
@@ -154,12 +151,6 @@ class Dispatcher(threading.Thread):
             self.faults[fault.reason] = self.faults.get(fault.reason, 0) + 1
             name = self.codec.topics.name(view.topic(seq))
             self._bury(DeadLetter("schema", fault.reason, fault.detail, seq, name, time.time()))
-
-    def _drop_unknown(self, events: list[Event | None]) -> None:
-        types = self.codec.registry.types
-        for i, event in enumerate(events):
-            if event is not None and event.event_type not in types:  # type: ignore[attr-defined]
-                events[i] = None
 
     def _overtake(self) -> None:
         """Hand urgent events of the backlog to the consumers that let them overtake."""
