@@ -142,13 +142,14 @@ class Fence:
         return self.state in ("running", "half-open")
 
     def offer(self, events: list[Event], last_seq: int) -> None:
-        """Deliver the `events` above the cursor, then move the cursor to `last_seq`."""
+        """Deliver the `events` above the cursor, then move the cursor to `last_seq`, or to where the breaker opened."""
         if self.cursor >= last_seq:
             return
         if events and (self.ahead or events[0].bus_seq <= self.cursor):
             events = [e for e in events if e.bus_seq > self.cursor and e.bus_seq not in self.ahead]
-        if events and not self._handle(events):
-            return
+        done = self._handle(events)
+        if done < len(events):
+            last_seq = events[done - 1].bus_seq
         self.cursor = last_seq
         if self.ahead:
             self.ahead = {seq for seq in self.ahead if seq > last_seq}
@@ -157,22 +158,27 @@ class Fence:
     def offer_ahead(self, events: list[Event]) -> None:
         """Deliver urgent events that overtake the backlog; they are remembered until the cursor passes them."""
         events = [e for e in events if e.bus_seq > self.cursor and e.bus_seq not in self.ahead]
-        if events and self._handle(events):
-            self.ahead.update(e.bus_seq for e in events)
+        if events:
+            # the cursor stays: below these are events that still wait for their turn
+            self.ahead.update(e.bus_seq for e in events[: self._handle(events)])
             self.close_unit()
 
-    def _handle(self, events: list[Event]) -> bool:
-        """Call the handler, charging each exception to its event; False when the breaker opened."""
-        while events:
-            batch = Batch(events[:1] if self.state == "half-open" else events)
+    def _handle(self, events: list[Event]) -> int:
+        """Call the handler, charging each exception to its event.
+
+        How many were dealt with, handled or buried: all of them unless the breaker opened.
+        """
+        done = 0
+        while done < len(events):
+            batch = Batch(events[done : done + 1] if self.state == "half-open" else events[done:])
             begun = time.perf_counter()
             try:
                 self.consumer.handler(batch)
             except BaseException as error:  # a plugin's SystemExit must not end the bus either
                 bad = max(batch.position - 1, 0)
+                done += bad + 1
                 if not self._charge(batch.events[bad], error, bad):
-                    return False
-                events = events[bad + 1 :]
+                    break
                 continue
             if (time.perf_counter() - begun) * 1e3 > self.consumer.budget_ms:
                 self.over_budget += 1
@@ -180,8 +186,8 @@ class Fence:
             if self.state == "half-open":
                 self._retry_s = self.consumer.faults.retry_s
                 self._become("running")
-            events = events[len(batch) :]
-        return True
+            done += len(batch)
+        return done
 
     def _count(self, good: int, bad: int) -> None:
         self.handled += good
@@ -210,8 +216,6 @@ class Fence:
         faults = self.consumer.faults
         if self.state != "half-open" and self._failed <= faults.error_ratio * max(faults.window, self._seen):
             return True
-        # the failed event is buried, so delivery continues after it
-        self.cursor = max(self.cursor, event.bus_seq)
         self._seen = self._failed = 0
         self._retry_at = time.monotonic() + self._retry_s
         self._retry_s = min(self._retry_s * 2, faults.retry_max_s)

@@ -1,0 +1,110 @@
+"""The fence around a consumer: what fails is buried, everything else is handled exactly once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tapebus import fence as fence_module
+from tapebus.consumer import Consumer, FaultPolicy
+from tapebus.events import GenericEvent
+from tapebus.fence import Fence, PluginContext
+
+
+def event(seq: int) -> GenericEvent:
+    return GenericEvent(bus_seq=seq, timestamp=float(seq), source="t", event_type="a", data={})
+
+
+class Bench:
+    """A fence whose handler fails on the sequence numbers in `bad`."""
+
+    def __init__(self, bad=(), error=ValueError, emit=False, **options):
+        self.bad, self.error, self.emit = set(bad), error, emit
+        self.seen, self.units, self.dead = [], [], []
+        self.context = PluginContext("p", {}, Path("."), {}, lambda: 7.0)
+        consumer = Consumer(name="c", topics=("*",), handler=self.handle, **options)
+        self.fence = Fence(
+            consumer, "p", self.context, 0, [], lambda unit, frame: self.units.append((unit, frame)), self.dead.append
+        )
+
+    def handle(self, batch):
+        for each in batch:
+            if each.bus_seq in self.bad:
+                raise self.error(f"no {each.bus_seq}")
+            self.seen.append(each.bus_seq)
+            if self.emit:
+                self.context.emit("derived", {"n": each.bus_seq}, cause=each)
+                self.context.state["last"] = b"%d" % each.bus_seq
+
+
+@given(st.integers(1, 40), st.sets(st.integers(1, 40)), st.sampled_from([ValueError, SystemExit, KeyboardInterrupt]))
+def test_every_event_is_handled_once_except_those_that_fail_which_are_buried(count, bad, error):
+    bench = Bench(bad, error)
+    bench.fence.offer([event(i) for i in range(1, count + 1)], count)
+    assert bench.seen == [i for i in range(1, count + 1) if i not in bad]
+    assert [letter.bus_seq for letter in bench.dead] == sorted(i for i in bad if i <= count)
+    assert all(letter.place == "plugin.p" and letter.reason == "error" for letter in bench.dead)
+    assert (bench.fence.cursor, bench.fence.handled, bench.fence.errors) == (count, len(bench.seen), len(bench.dead))
+
+
+def test_the_breaker_opens_waits_tries_one_event_and_closes(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(fence_module.time, "monotonic", lambda: now[0])
+    bench = Bench({1, 2, 3, 4}, faults=FaultPolicy(error_ratio=0.5, window=4, retry_s=1.0, retry_max_s=4.0))
+    events = [event(i) for i in range(1, 8)]
+    bench.fence.offer(events, 7)
+    assert (bench.fence.state, bench.fence.cursor, bench.fence.ready) == ("open", 3, False)
+    now[0] += 1.0
+    assert bench.fence.ready and bench.fence.state == "half-open"
+    bench.fence.offer(events, 7)
+    assert (bench.fence.state, bench.fence.cursor) == ("open", 4)
+    now[0] += 1.9
+    assert not bench.fence.ready, "the second pause is twice as long"
+    now[0] += 0.1
+    assert bench.fence.ready
+    bench.fence.offer(events, 7)
+    assert (bench.fence.state, bench.fence.cursor, bench.seen) == ("running", 7, [5, 6, 7])
+
+
+def test_a_breaker_opened_by_an_urgent_event_skips_nothing_that_waits():
+    bench = Bench({9}, lanes=True, faults=FaultPolicy(error_ratio=0.0, window=4))
+    bench.fence.offer_ahead([event(8), event(9), event(10)])
+    assert (bench.fence.state, bench.fence.cursor) == ("open", 0)
+    bench.fence.resume()
+    bench.fence.offer([event(i) for i in range(1, 12)], 11)
+    assert bench.seen == [8, 1, 2, 3, 4, 5, 6, 7, 10, 11]
+    assert [letter.bus_seq for letter in bench.dead] == [9]
+
+
+def test_a_unit_holds_what_was_emitted_the_state_and_the_cursor_they_belong_to():
+    bench = Bench({2}, emit=True)
+    bench.fence.offer([event(1), event(2), event(3)], 5)
+    [(unit, frame)] = bench.units
+    assert (unit.consumer, unit.cursor, unit.namespace, unit.state) == ("c", 5, "p", {"last": b"3"})
+    assert frame[:5] == b"\xdd\0\0\0\2" and b"bus:1" in frame and b"bus:3" in frame
+    bench.fence.offer([], 6)
+    assert len(bench.units) == 1, "a cursor alone is not written at once"
+    bench.fence.close_unit(force=True)
+    assert bench.units[1][0].cursor == 6 and bench.units[1][1] == b""
+
+
+@pytest.mark.parametrize("error", [None, SystemExit])
+def test_save_is_called_before_a_unit_is_closed_and_its_failure_keeps_the_unit_open(error):
+    bench = Bench(emit=True)
+    failing = [error]
+
+    def save():
+        if failing[0]:
+            raise failing[0]("no")
+        bench.context.state["saved"] = b"1"
+
+    bench.fence.consumer.save = save
+    bench.fence.offer([event(1)], 1)
+    failing[0] = None
+    bench.fence.offer([event(2)], 2)
+    assert [unit.cursor for unit, _ in bench.units] == ([1, 2] if error is None else [2])
+    assert bench.units[-1][0].state == {"last": b"2", "saved": b"1"}
+    assert sum(frame.count(b"derived") for _, frame in bench.units) == 2
