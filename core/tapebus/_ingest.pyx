@@ -71,6 +71,7 @@ cdef enum:
     HEAD = 28
     BATCH_HEAD = 52       # HEAD + S_BATCH
     MALFORMED = 1         # code of ingest.malformed
+    MAX_REPLY = 128       # an acknowledgement with three refused ranges has 99 bytes
 
     STALL_US = 1000000    # a tape that stands still this long makes fire-and-forget frames be shed
 
@@ -699,7 +700,7 @@ cdef class Ingest:
             size[0] = 256 << 10
 
     cdef void reply(self, uint64_t route, const uint8_t *head, uint8_t kind, const uint8_t *body, size_t size) noexcept nogil:
-        cdef uint8_t frame[96]
+        cdef uint8_t frame[MAX_REPLY]
         cdef uint8_t identity[5]
         cdef uint32_t key = <uint32_t>route
         cdef void *socket = self.sources[route >> 32].socket
@@ -761,16 +762,18 @@ cdef class Ingest:
         cdef bytes body
         waiting = self.rejects.get(session.producer, [])
         # a refused range is told together with the acknowledgement that covers it, three a frame
-        told = [each for each in waiting if each[1] <= durable][:3]
-        for each in told:
-            waiting.remove(each)
-            self.n_rejects -= 1
-        if not waiting:
+        covered = [each for each in waiting if each[1] <= durable]
+        for first in range(0, len(covered) or 1, 3):
+            told = covered[first:first + 3]
+            body = wire.S_ACK.pack(durable, credit, credit_bytes, len(told))
+            for each in told:
+                body += wire.S_REJECT.pack(*each)
+            self.reply(session.route, head, W_ACK, <uint8_t *>PyBytes_AS_STRING(body), len(body))
+        self.n_rejects -= len(covered)
+        if len(covered) < len(waiting):
+            self.rejects[session.producer] = waiting[len(covered):]
+        else:
             self.rejects.pop(session.producer, None)
-        body = wire.S_ACK.pack(durable, credit, credit_bytes, len(told))
-        for each in told:
-            body += wire.S_REJECT.pack(*each)
-        self.reply(session.route, head, W_ACK, <uint8_t *>PyBytes_AS_STRING(body), len(body))
 
     cdef void say_goodbye(self) noexcept nogil:
         cdef uint8_t head[HEAD]

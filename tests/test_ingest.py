@@ -1,0 +1,252 @@
+"""Reception over real sockets: fire and forget, wrapped sources, and the acknowledged protocol by hand."""
+
+from __future__ import annotations
+
+import json
+import struct
+import threading
+
+import msgspec
+import pytest
+import zmq
+
+from tapebus import wire
+from tapebus._ingest import Ingest
+from tapebus._ring import Ring
+from tapebus._scan import Topics
+from tapebus.blocks import BlockView, crc32c
+
+PATIENCE_MS = 10_000
+ID = b"p" * 16
+INSTANCE = 77
+
+
+def event(n: int = 0, kind: str = "a") -> dict:
+    return {"event_type": kind, "timestamp": 1.5, "source": "t", "data": {"n": n}}
+
+
+class Bench:
+    """An ingest thread with one PULL and one ROUTER socket; the test plays the tape thread."""
+
+    def __init__(self, **source):
+        self.zmq = zmq.Context()
+        self.ring = Ring(Topics(), 1024)
+        self.legacy = self.ring.producer(b"legacy".ljust(16), 0, "legacy", sequenced=False)
+        self.ingest = Ingest(self.ring, INSTANCE, True, max_frame=4096)
+        self.samples: list[tuple[bytes, str]] = []
+        self.sampled = threading.Event()
+        self.ingest.samples = self._sample
+        self.pull, self.router = self.zmq.socket(zmq.PULL), self.zmq.socket(zmq.ROUTER)
+        for each in (self.pull, self.router):
+            each.linger = 0
+        port = self.pull.bind_to_random_port("tcp://127.0.0.1")
+        acked = self.router.bind_to_random_port("tcp://127.0.0.1")
+        self.ingest.add(self.pull, self.legacy, **source)
+        self.ingest.add(self.router, router=True)
+        self.push, self.dealer = self.zmq.socket(zmq.PUSH), self.zmq.socket(zmq.DEALER)
+        for each in (self.push, self.dealer):
+            each.linger = 0
+        self.push.connect(f"tcp://127.0.0.1:{port}")
+        self.dealer.connect(f"tcp://127.0.0.1:{acked}")
+        self.dealer.rcvtimeo = PATIENCE_MS
+        self.thread = threading.Thread(target=self.ingest.run, daemon=True)
+        self.thread.start()
+
+    def _sample(self, frame, reason):
+        self.samples.append((frame, reason))
+        self.sampled.set()
+
+    def close(self):
+        self.ingest.stop()
+        self.thread.join(10)
+        assert not self.thread.is_alive()
+        self.zmq.destroy(linger=0)
+
+    def raws(self, count: int) -> list[bytes]:
+        """The raw bytes of the next `count` events, in order."""
+        found: list[bytes] = []
+        while len(found) < count:
+            assert self.ring.wait(PATIENCE_MS), f"only {len(found)} of {count} events arrived"
+            packed = self.ring.pack()
+            if packed is not None and packed[0] is not None:
+                block = packed[0]
+                view = BlockView(block.payload, block.first_seq)
+                found += [view.raw(block.first_seq + i) for i in range(block.count)]
+                self.ring.acknowledge(packed[2])
+        return found
+
+    def commit(self) -> None:
+        assert self.ring.wait(PATIENCE_MS)
+        self.ring.acknowledge(self.ring.pack()[2])
+
+    def send(self, kind, body=b"", epoch=1):
+        self.dealer.send(wire.HEAD.pack(kind, 0, wire.VERSION, ID, epoch) + body)
+
+    def reply(self) -> tuple[int, bytes]:
+        frame = self.dealer.recv()
+        kind, _, version, producer_id, epoch = wire.HEAD.unpack_from(frame)
+        assert (version, producer_id, epoch) == (wire.VERSION, ID, 1)
+        return kind, frame[wire.HEAD.size :]
+
+    def hello(self):
+        self.send(wire.HELLO, wire.S_HELLO.pack(0) + msgspec.msgpack.encode({"source": "me"}))
+        kind, body = self.reply()
+        assert kind == wire.WELCOME
+        return wire.S_WELCOME.unpack(body)
+
+    def batch(self, base, count, body=None, crc=None):
+        if body is None:
+            encoded = [msgspec.msgpack.encode(event(i)) for i in range(base, base + count)]
+            body = b"\xdd" + struct.pack(">I", count) + b"".join(encoded)
+        crc = crc32c(body) if crc is None else crc
+        self.send(wire.BATCH, wire.S_BATCH.pack(base, count, crc, base + count - 1) + body)
+
+    def ack(self) -> tuple[int, int, list[tuple[int, int, int]]]:
+        kind, body = self.reply()
+        assert kind == wire.ACK
+        durable, credit, _, rejects = wire.S_ACK.unpack_from(body)
+        rest = body[wire.S_ACK.size :]
+        assert len(rest) == rejects * wire.S_REJECT.size
+        return durable, credit, list(wire.S_REJECT.iter_unpack(rest))
+
+    def nack(self):
+        kind, body = self.reply()
+        assert kind == wire.NACK
+        return wire.S_NACK.unpack(body)
+
+    @property
+    def book(self):
+        return self.ring.account(self.ring.identities[ID, 1])
+
+
+@pytest.fixture
+def make():
+    made = []
+
+    def build(**source):
+        made.append(Bench(**source))
+        return made[-1]
+
+    yield build
+    for each in made:
+        each.close()
+
+
+def test_frames_of_both_encodings_arrive_as_they_were_sent(make):
+    bench = make()
+    one, two = json.dumps(event(1)).encode(), msgspec.msgpack.encode(event(2))
+    bench.push.send(one)
+    bench.push.send(two)
+    bench.push.send_multipart([b"a topic", b"[" + one + b" , " + one + b"]"])
+    assert bench.raws(4) == [one, two, one, one]
+
+
+@pytest.mark.parametrize(("frame", "reason"), [(b"{}", "event_type"), (b"nonsense", "neither"), (bytes(5000), "over")])
+def test_a_frame_that_is_no_event_is_counted_and_sampled_and_the_next_one_arrives(make, frame, reason):
+    bench = make()
+    bench.push.send(frame)
+    bench.push.send(json.dumps(event()).encode())
+    bench.raws(1)
+    assert bench.sampled.wait(10)
+    [(sample, why)] = bench.samples
+    assert sample == frame and reason in why
+    assert bench.ingest.malformed + bench.ingest.oversize == 1
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [b'{"px": 1}'],
+        [b'BTC {"px": 1}'],
+        [b"BTC", b'{"px": 1}'],
+        [msgspec.msgpack.encode({"px": 1})],
+    ],
+)
+def test_a_bare_payload_is_wrapped_and_its_keys_renamed(make, parts):
+    bench = make(event_type="tick", source="100% feed", fields={"px": "price"})
+    bench.push.send_multipart(parts)
+    [raw] = bench.raws(1)
+    found = (msgspec.msgpack if raw[0] >= 0x80 else msgspec.json).decode(raw)
+    assert (found["event_type"], found["source"], found["data"]) == ("tick", "100% feed", {"price": 1})
+    assert found["timestamp"] > 1e9
+
+
+def test_what_is_an_event_already_is_not_wrapped(make):
+    bench = make(event_type="tick", source="feed")
+    raw = json.dumps(event()).encode()
+    bench.push.send(raw)
+    assert bench.raws(1) == [raw]
+
+
+def test_batches_are_welcomed_stored_and_acknowledged_once_durable(make):
+    bench = make()
+    assert bench.hello()[:2] == (INSTANCE, 0)
+    bench.batch(1, 3)
+    bench.commit()
+    assert bench.ack()[::2] == (3, [])
+    bench.batch(1, 3)
+    assert bench.ack()[0] == 3, "a duplicate is acknowledged again and not stored again"
+    bench.batch(2, 4)
+    assert [msgspec.msgpack.decode(raw)["data"]["n"] for raw in bench.raws(2)] == [4, 5]
+    assert bench.ack()[0] == 5
+    assert (bench.book.source, bench.book.watermark, bench.book.stored, bench.book.highest_seq) == ("me", 5, 5, 5)
+
+
+def test_gaps_in_the_numbers_and_damaged_bodies_are_sent_again(make):
+    bench = make()
+    bench.batch(1, 1)
+    assert bench.nack() == (0, wire.NACK_UNKNOWN)
+    bench.hello()
+    bench.batch(2, 1)
+    assert bench.nack() == (1, wire.NACK_SEQUENCE)
+    bench.batch(1, 1, crc=1)
+    assert bench.nack() == (1, wire.NACK_CRC)
+    bench.send(wire.PING, wire.S_HELLO.pack(9))
+    assert bench.reply() == (wire.PONG, b"")
+    assert (bench.book.highest_seq, bench.book.stored) == (9, 0)
+
+
+def test_many_refused_ranges_are_all_told_with_the_acknowledgement_that_covers_them(make):
+    bench = make()
+    bench.hello()
+    for base in range(1, 8):
+        bench.batch(base, 1, body=b"\xdd\0\0\0\1\x01")
+    bench.send(wire.PING, wire.S_HELLO.pack(7))
+    assert bench.reply()[0] == wire.PONG
+    bench.commit()
+    told = []
+    while len(told) < 7:
+        durable, _, rejects = bench.ack()
+        assert durable == 7 and len(rejects) <= 3
+        told += rejects
+    assert told == [(n, n, 1) for n in range(1, 8)]
+    assert (bench.book.watermark, bench.book.stored, bench.book.rejected) == (7, 0, {"ingest.malformed": 7})
+
+
+def test_what_a_producer_dropped_is_booked_under_its_place(make):
+    bench = make()
+    bench.hello()
+    bench.send(wire.GAP, wire.S_GAP.pack(1, 4, 4, 2))
+    bench.commit()
+    assert bench.ack()[0] == 4
+    assert (bench.book.watermark, bench.book.dropped) == (4, {"client.ring_full": 4})
+
+
+def test_a_full_store_takes_the_credit_away_and_gives_it_back(make):
+    bench = make()
+    credit = bench.hello()[2]
+    bench.ingest.set_store_full(True)
+    assert bench.ack()[1] == 0
+    bench.ingest.set_store_full(False)
+    assert bench.ack()[1] == credit
+
+
+def test_goodbye_ends_a_session_and_the_bus_says_it_too(make):
+    bench = make()
+    bench.hello()
+    bench.send(wire.BYE)
+    bench.batch(1, 1)
+    assert bench.nack()[1] == wire.NACK_UNKNOWN
+    bench.hello()
+    bench.ingest.stop()
+    assert bench.reply() == (wire.BYE, bytes(8))
