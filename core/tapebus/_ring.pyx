@@ -320,7 +320,7 @@ cdef class Ring:
         cdef uint32_t i, k = 0, c = 0
         cdef uint8_t *out
         cdef corr_t *run
-        cdef int64_t j, before
+        cdef int64_t j, before, waited
         cdef uint64_t topics = 0
         cdef double low = 0, high = 0, received = 0
         cdef bint timed = False
@@ -347,7 +347,8 @@ cdef class Ring:
                     memcpy(out, entry.data + item.offset, item.size)
                     out += item.size
                     to.size[k] = item.size
-                    to.wait_us[k] = <uint32_t>(entry.received_us - before) if entry.received_us > before else 0
+                    waited = entry.received_us - before if entry.received_us > before else 0
+                    to.wait_us[k] = <uint32_t>min(waited, <int64_t>0xffffffffu)
                     before = max(before, entry.received_us)
                     to.topic[k] = item.topic
                     to.flags[k] = item.flags
