@@ -189,14 +189,11 @@ def embed(data_dir: Path, free_ports: Callable[[int], list[int]]) -> Iterator[Ca
     A second call with ``again=`` a former one starts on the same data directory and ports.
     """
     from bus_support import Embedded
-
     from tapebus.config import Config
 
     made: list[Any] = []
 
-    def make(
-        names: Sequence[str], *plugins: tuple[str, Any], extra: str = "", bus: str = "", again: Any = None
-    ) -> Any:
+    def make(names: Sequence[str], *plugins: tuple[str, Any], extra: str = "", bus: str = "", again: Any = None) -> Any:
         if again is None:
             listen = [f"tcp://127.0.0.1:{port}" for port in free_ports(3)]
             directory = data_dir / f"data{len(made)}"

@@ -7,8 +7,8 @@ import stat
 
 import pytest
 import zmq
-from bus_support import Seen, plugin, pushing, wait_until
 
+from bus_support import Seen, plugin, pushing, wait_until
 from tapebus import Config, Consumer
 from tapebus.control import request
 from tapebus.errors import BusNotRunning, TapebusError

@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 
 import pytest
-from bus_support import PATIENCE, Seen, plugin, quote, wait_until
 
+from bus_support import PATIENCE, Seen, plugin, quote, wait_until
 from tapebus import Consumer
 from tapebus.consumer import FaultPolicy
 

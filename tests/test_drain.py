@@ -6,8 +6,8 @@ import signal
 import subprocess
 
 import pytest
-from bus_support import quote, wait_until
 
+from bus_support import quote, wait_until
 from tapebus import Publisher, Tape
 
 #: Seconds: generous, because only the exit code and the data matter here.

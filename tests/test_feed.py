@@ -6,6 +6,7 @@ import json
 
 import msgspec
 import zmq
+
 from bus_support import feed_messages, listening, pushing, quote, wait_until
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from bus_support import PATIENCE, feed_messages, listening, pushing, wait_until
 
 #: What the programs of today send, in their own spelling, and some of what it becomes.

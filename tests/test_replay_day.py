@@ -9,8 +9,8 @@ import threading
 import zipfile
 
 import pytest
-from bus_support import PATIENCE, listening
 
+from bus_support import PATIENCE, listening
 from tapebus import Tape
 
 QUOTES = 87_833

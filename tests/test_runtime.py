@@ -11,8 +11,8 @@ from types import SimpleNamespace
 
 import msgspec
 import pytest
-from bus_support import Seen, plugin, pushing, quote, wait_until
 
+from bus_support import Seen, plugin, pushing, quote, wait_until
 from tapebus import Config, Consumer, Publisher, Runtime, Tape, hookimpl
 from tapebus.errors import ConfigError, PluginError, TapebusError
 

@@ -12,7 +12,6 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bus_support import wait_until
-
 from tapebus import Tape
 
 LEDGER = Path(__file__).with_name("ledger.py")
