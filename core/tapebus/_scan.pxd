@@ -52,6 +52,7 @@ cdef class Topics:
         uint16_t slots[MAX_TOPICS * 2]  # open addressing by hash of the name; 0 = free
         uint32_t *aliases               # open addressing set of (key hash ^ topic), 0 = free
         uint32_t alias_mask
+        uint32_t n_aliases
         int count
     cdef uint16_t find(self, const uint8_t *name, size_t size, bint add) noexcept nogil
     cdef bint is_alias(self, uint16_t topic, uint32_t key) noexcept nogil

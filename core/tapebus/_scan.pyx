@@ -122,12 +122,31 @@ cdef class Topics:
         for alias in aliases:
             raw = alias.encode()
             want = hash_bytes(raw, len(raw)) ^ (topic * 2654435761u)
+            if self.n_aliases * 2 > self.alias_mask:
+                # the search for an unknown key ends at a free place, so half of them stay free
+                self._grow_aliases()
             i = want & self.alias_mask
             while self.aliases[i] and self.aliases[i] != want:
                 i = (i + 1) & self.alias_mask
+            self.n_aliases += self.aliases[i] == 0
             self.aliases[i] = want
             self.has_alias[topic] = 1
         return topic
+
+    def _grow_aliases(self):
+        cdef uint32_t mask = self.alias_mask * 2 + 1, i, k
+        cdef uint32_t *larger = <uint32_t *>calloc(mask + 1, sizeof(uint32_t))
+        if larger == NULL:
+            raise MemoryError
+        for k in range(self.alias_mask + 1):
+            if self.aliases[k]:
+                i = self.aliases[k] & mask
+                while larger[i]:
+                    i = (i + 1) & mask
+                larger[i] = self.aliases[k]
+        free(self.aliases)
+        self.aliases = larger
+        self.alias_mask = mask
 
     def name(self, int number):
         """The name of topic `number`; ``""`` for 0, the types beyond the table's size."""

@@ -1,0 +1,151 @@
+"""The scan of frames against the strict decoders of msgspec and the standard library."""
+
+from __future__ import annotations
+
+import json
+
+import msgspec
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from tapebus._scan import (
+    ALIASED_FLAG,
+    EXTENSION_FLAG,
+    JSON_FLAG,
+    NONFINITE_FLAG,
+    UNTIMED_FLAG,
+    Topics,
+    scan,
+)
+from tapebus.blocks import corr_hash
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | TEXT,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4),
+    max_leaves=12,
+)
+EVENTS = st.fixed_dictionaries(
+    {
+        "event_type": TEXT.filter(lambda name: 1 <= len(name.encode()) <= 100),
+        "timestamp": st.floats(0, 1e11),
+        "data": st.dictionaries(TEXT, VALUES, max_size=4),
+    },
+    optional={"correlation_id": TEXT, "priority": st.sampled_from(["low", "normal", "high", "critical"])},
+)
+LEVELS = {"low": 0, "normal": 1, "high": 2, "critical": 3}
+
+
+def encode_json(value) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(" , ", " : ")).encode()
+
+
+def encode_escaped(value) -> bytes:
+    return b"\n" + json.dumps(value, indent=1).encode() + b"\r\n"
+
+
+ENCODERS = {msgspec.msgpack.encode: msgspec.msgpack.decode, encode_json: json.loads, encode_escaped: json.loads}
+
+
+@given(st.lists(EVENTS, min_size=1, max_size=5), st.sampled_from(list(ENCODERS)))
+def test_every_event_is_found_with_its_bytes_type_time_priority_and_correlation(events, encode):
+    frame = encode(events)
+    items = scan(Topics(), frame)
+    assert isinstance(items, list) and len(items) == len(events)
+    for item, event in zip(items, events, strict=True):
+        assert ENCODERS[encode](frame[item["offset"] : item["offset"] + item["size"]]) == event
+        assert (item["topic"], item["time"]) == (event["event_type"], event["timestamp"])
+        assert item["priority"] == LEVELS[event.get("priority", "normal")]
+        correlation = event.get("correlation_id")
+        assert item["corr"] == (corr_hash(correlation) if correlation else 0)
+        # a key that needs unescaping might be an alias
+        assert item["flags"] & ~ALIASED_FLAG == (0 if encode is msgspec.msgpack.encode else JSON_FLAG)
+
+
+def decoded(frame: bytes):
+    try:
+        return msgspec.msgpack.decode(frame) if frame[:1] >= b"\x80" else msgspec.json.decode(frame)
+    except (msgspec.DecodeError, UnicodeDecodeError, ValueError, OverflowError, RecursionError):
+        return None
+
+
+@given(
+    EVENTS, st.booleans(), st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=3), st.integers(0, 9)
+)
+@example({"event_type": "a", "timestamp": 1.0, "data": {}}, True, [], 0)
+def test_a_damaged_frame_never_breaks_the_scan_and_a_good_one_is_never_refused(event, packed, changes, cut):
+    frame = bytearray((msgspec.msgpack.encode if packed else msgspec.json.encode)([event, event]))
+    for place, value in changes:
+        frame[place % len(frame)] = value
+    frame = bytes(frame[: len(frame) - cut])
+    found = scan(Topics(), frame)
+    good = decoded(frame)
+    if isinstance(found, list):
+        # the pieces lie inside the frame, in order, without overlapping
+        ends = [0] + [item["offset"] + item["size"] for item in found]
+        assert all(item["offset"] >= end for item, end in zip(found, ends, strict=False)) and ends[-1] <= len(frame)
+    elif isinstance(good, list) and good and all(isinstance(each, dict) for each in good):
+        # keys that need unescaping are not recognised, keys other than strings are refused on purpose
+        names = [each.get("event_type") for each in good]
+        keys = [key for each in good for level in (each, each.get("data")) if isinstance(level, dict) for key in level]
+        assert (
+            b"\\" in frame
+            or not all(isinstance(name, str) and 1 <= len(name.encode()) <= 100 for name in names)
+            or (not all(isinstance(key, str) for key in keys))
+        ), found
+
+
+@given(st.binary(max_size=200), st.sampled_from([b"", b"{", b"[{", b"\x81", b"\xdd\0\0\0\1\x82\xaaevent_type"]))
+def test_arbitrary_bytes_give_a_reason_or_events(noise, start):
+    assert isinstance(scan(Topics(), start + noise), (str, list))
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("encode", [msgspec.msgpack.encode, encode_json])
+def test_numbers_that_are_not_finite_are_marked(encode, number):
+    [item] = scan(Topics(), encode({"event_type": "a", "timestamp": 1.0, "data": {"deep": [number]}}))
+    assert item["flags"] & NONFINITE_FLAG
+    [item] = scan(Topics(), encode({"event_type": "a", "timestamp": number, "data": {}}))
+    assert item["flags"] & NONFINITE_FLAG and item["flags"] & UNTIMED_FLAG
+
+
+def test_extensions_other_than_timestamps_are_marked():
+    frame = msgspec.msgpack.encode({"event_type": "a", "timestamp": 1.0, "data": {"x": msgspec.msgpack.Ext(5, b"ab")}})
+    assert scan(Topics(), frame)[0]["flags"] & EXTENSION_FLAG
+
+
+@pytest.mark.parametrize("encode", [msgspec.msgpack.encode, encode_json])
+def test_only_a_payload_that_spells_a_field_otherwise_is_marked_whatever_the_number_of_aliases(encode):
+    topics = Topics()
+    aliases = {topic: [f"{topic}_{i}" for i in range(900)] for topic in ("a", "b", "c")}
+    for topic, names in aliases.items():
+        topics.register(topic, names)
+    for topic, names in aliases.items():
+        for key in (names[0], names[-1], "px", "a_0"):
+            [item] = scan(topics, encode({"event_type": topic, "timestamp": 1.0, "data": {key: 1}}))
+            assert bool(item["flags"] & ALIASED_FLAG) == (key in names), key
+
+
+def test_depth_and_number_of_events_are_limited():
+    event = {"event_type": "a", "timestamp": 1.0, "data": {}}
+    deep = json.dumps({**event, "data": json.loads("[" * 60 + "]" * 60)}).encode()
+    assert "deeper" in scan(Topics(), deep)
+    assert "deeper" in scan(Topics(), msgspec.msgpack.encode(json.loads(deep)))
+    assert len(scan(Topics(), encode_json([event] * 4), 4)) == 4
+    assert "more events" in scan(Topics(), encode_json([event] * 5), 4)
+    assert "event_type" in scan(Topics(), encode_json({**event, "event_type": "x" * 101}))
+
+
+def test_the_table_of_types_continues_the_numbering_of_the_tape():
+    topics = Topics()
+    topics.load({1: "a", 2: "b"})
+    assert (topics.add("b"), topics.add("c"), topics.after(1), len(topics)) == (2, 3, {2: "b", 3: "c"}, 3)
+    with pytest.raises(ValueError, match="not empty"):
+        topics.load({})
+    with pytest.raises(ValueError, match="hole"):
+        Topics().load({2: "b"})
