@@ -1,0 +1,84 @@
+"""The ring with its ingest thread: what is handed in comes out once, in order, with its unit and its account."""
+
+from __future__ import annotations
+
+import threading
+
+import msgspec
+import pytest
+
+from tapebus._ingest import Ingest
+from tapebus._ring import Ring
+from tapebus._scan import Topics
+from tapebus.blocks import BlockView, corr_hash, find_corr
+from tapebus.store import ProducerBook, Unit
+
+
+def frame(*numbers: int) -> bytes:
+    return msgspec.msgpack.encode(
+        [
+            {"event_type": "a", "timestamp": n, "correlation_id": f"c{n}", "priority": "high", "data": {}}
+            for n in numbers
+        ]
+    )
+
+
+def drain(ring: Ring, mails: int):
+    """Let an ingest thread take `mails` frames while this thread packs them."""
+    ingest = Ingest(ring, 1)
+    thread = threading.Thread(target=ingest.run, daemon=True)
+    thread.start()
+    found, taken = [], 0
+    while ingest.mail_waiting or ring.fill[0]:
+        taken += 1
+        if ring.wait(1000):
+            found.append(ring.pack(max_events=3))
+    ingest.stop()
+    thread.join(10)
+    assert not thread.is_alive() and taken >= 1 and mails
+    return found
+
+
+@pytest.mark.parametrize("entries", [2, 64])
+def test_frames_and_units_come_out_once_and_in_order_even_through_a_tiny_ring(entries):
+    ring = Ring(Topics(), entries, next_seq=11)
+    me = ring.producer(b"m" * 16, 0, "me", sequenced=False)
+    units = [Unit("c", n) for n in range(20)]
+    for n, unit in enumerate(units):
+        ring.inject(frame(2 * n, 2 * n + 1) if n % 3 else b"", me, unit)
+    packs = drain(ring, 20)
+    assert [unit for _, each, _ in packs for unit in each] == units
+    blocks = [block for block, _, _ in packs if block is not None]
+    expected = [m for n in range(20) if n % 3 for m in (2 * n, 2 * n + 1)]
+    times, seq = [], 11
+    for block in blocks:
+        assert block.first_seq == seq and block.urgent == block.count
+        view = BlockView(block.payload, block.first_seq)
+        for i in range(block.count):
+            found = msgspec.msgpack.decode(view.raw(seq + i))
+            times.append(found["timestamp"])
+            assert i in find_corr(block.corr, corr_hash(found["correlation_id"]))
+        assert (block.min_time, block.max_time) == (times[-block.count], times[-1])
+        seq += block.count
+    assert times == expected and ring.last_seq == seq - 1
+    book = ring.account(me)
+    assert book.stored == book.watermark == book.highest_seq == len(expected)
+    assert ring.fill == (0, 0)
+
+
+def test_an_account_carries_over_from_the_tape_and_is_opened_once():
+    ring = Ring(Topics(), 2, max_producers=1)
+    book = ProducerBook(b"p" * 16, 3, "s", 9, 5, 12, {"ingest.malformed": 3}, {"client.ring_full": 1})
+    index = ring.producer(b"p" * 16, 3, book=book)
+    assert ring.account(index) == book and ring.is_sequenced(index)
+    assert ring.producer(b"p" * 16, 3) == index
+    assert ring.producer(b"q" * 16, 3) == -1
+
+
+def test_a_stopped_ring_wakes_its_taker_and_is_empty():
+    ring = Ring(Topics(), 2)
+    assert ring.pack() is None and not ring.stopped
+    ring.stop()
+    assert ring.wait() is False and ring.stopped
+    with pytest.raises(ValueError, match="power of two"):
+        Ring(Topics(), 3)
