@@ -55,9 +55,9 @@ def test_a_paused_consumer_gets_nothing_and_after_resume_everything_once(embed, 
 
 def test_commands_that_name_nobody_are_answered_with_the_names(embed):
     bus = embed(["schema", "store"], ("seen", plugin(Consumer(name="seen", topics=["*"], handler=print))))
-    with pytest.raises(TapebusError, match="'nobody'.*seen"):
+    with pytest.raises(TapebusError, match=r"'nobody'.*seen"):
         bus.request("pause", consumer="nobody")
-    with pytest.raises(TapebusError, match="unknown command.*stats"):
+    with pytest.raises(TapebusError, match=r"unknown command.*stats"):
         bus.request("explode")
 
 

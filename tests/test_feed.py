@@ -61,20 +61,23 @@ def test_an_unsubscribed_topic_is_no_longer_sent(embed):
 
 def test_a_subscriber_that_does_not_read_loses_events_and_slows_nobody(embed):
     bus = embed(["schema", "store"], extra="[feed]\nhwm = 100")
-    with listening(bus.runtime, bus.feed, b"bitten.") as reader, zmq.Context() as context:
-        with context.socket(zmq.SUB) as stuck:
-            stuck.setsockopt(zmq.LINGER, 0)
-            stuck.setsockopt(zmq.RCVHWM, 1)
-            stuck.setsockopt(zmq.RCVBUF, 4096)
-            stuck.subscribe(b"bitten.")
-            stuck.connect(bus.feed)
-            wait_until(lambda: bus.runtime.feed._subscriptions.get(b"bitten.") == 2, "both subscribers")
-            for part in range(20):
-                bus.publish(500, first=part * 500)
-            wait_until(lambda: bus.runtime.feed.sent == 10_000, "the feed to have sent all")
-            seqs = []
-            while reader.poll(200):
-                seqs.append(msgspec.json.decode(reader.recv_multipart()[1])["bus_seq"])
+    with (
+        listening(bus.runtime, bus.feed, b"bitten.") as reader,
+        zmq.Context() as context,
+        context.socket(zmq.SUB) as stuck,
+    ):
+        stuck.setsockopt(zmq.LINGER, 0)
+        stuck.setsockopt(zmq.RCVHWM, 1)
+        stuck.setsockopt(zmq.RCVBUF, 4096)
+        stuck.subscribe(b"bitten.")
+        stuck.connect(bus.feed)
+        wait_until(lambda: bus.runtime.feed._subscriptions.get(b"bitten.") == 2, "both subscribers")
+        for part in range(20):
+            bus.publish(500, first=part * 500)
+        wait_until(lambda: bus.runtime.feed.sent == 10_000, "the feed to have sent all")
+        seqs = []
+        while reader.poll(200):
+            seqs.append(msgspec.json.decode(reader.recv_multipart()[1])["bus_seq"])
     # loss shows as a gap, never as disorder
     assert seqs == sorted(set(seqs))
     assert set(seqs) <= set(range(1, 10_001))

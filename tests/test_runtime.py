@@ -316,7 +316,8 @@ def test_a_port_in_use_is_named_and_nothing_is_left_running(embed):
 
 def test_a_second_bus_on_a_data_directory_is_refused_with_the_pid_of_the_first(embed, free_ports):
     bus = embed(["schema", "store"])
-    other = SimpleNamespace(data_dir=bus.data_dir, **dict(zip(("feed", "ingest", "acked"), endpoints(free_ports(3)))))
+    feed, ingest, acked = endpoints(free_ports(3))
+    other = SimpleNamespace(data_dir=bus.data_dir, feed=feed, ingest=ingest, acked=acked)
     message = refusal(embed, TapebusError, again=other)
     assert str(os.getpid()) in message
     bus.publish(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import queue
 import secrets
 import signal
 import sys
@@ -49,7 +50,8 @@ class Runtime:
     def __init__(self, config: Config | None = None, plugins: Iterable[tuple[str, Any]] = ()) -> None:
         self.config = config if config is not None else Config.load()
         self._extra = list(plugins)
-        self._stop_asked = threading.Event()
+        # unlike an Event, it may be put to by a signal handler that interrupts the very thread that waits on it
+        self._stop_asked: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._failure: BaseException | None = None
         self._started = False
         self._closing: list[Any] = []
@@ -206,7 +208,7 @@ class Runtime:
                 log.critical("%s", error)
             else:
                 log.critical("the bus must stop: %s", error, exc_info=error)
-        self._stop_asked.set()
+        self._stop_asked.put(None)
 
     @property
     def consumers(self) -> list[Fence | ProcessConsumer]:
@@ -215,7 +217,7 @@ class Runtime:
 
     def ask_to_stop(self) -> None:
         """Let `run` return soon; safe in a signal handler."""
-        self._stop_asked.set()
+        self._stop_asked.put(None)
 
     def stop(self) -> None:
         """Drain for at most ``bus.drain_s`` seconds, commit, acknowledge, say goodbye, close."""
@@ -304,9 +306,14 @@ class Runtime:
         """Start, serve until SIGINT or SIGTERM, stop; the exit code. A second signal forces the end."""
         from tapebus.pm2 import Channel
 
+        asked = False
+
         def on_signal(number: int, _: Any) -> None:
-            if self._stop_asked.is_set():
+            nonlocal asked
+            # a second signal may arrive while the first is still being handled
+            if asked:
                 os._exit(128 + number)
+            asked = True
             self.ask_to_stop()
 
         previous = {each: signal.signal(each, on_signal) for each in (signal.SIGINT, signal.SIGTERM)}
@@ -317,7 +324,7 @@ class Runtime:
                 channel.ready()
                 self.statistics.channel = channel
             log.info("running on %s (pid %d)", self.config.data_dir, os.getpid())
-            self._stop_asked.wait()
+            self._stop_asked.get()
             self.stop()
         finally:
             for each, handler in previous.items():

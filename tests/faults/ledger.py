@@ -1,6 +1,7 @@
-"""A producer process that writes down, outside the bus, what the bus has acknowledged: ``ledger.py ENDPOINT SOURCE FILE``.
+"""A producer process that writes down, outside the bus, what the bus has acknowledged.
 
-Publishes quotes whose volume counts from 1 until standard input ends, then waits for the rest.
+``ledger.py ENDPOINT SOURCE FILE``. Publishes quotes whose volume counts from 1
+until standard input ends, then waits for the rest.
 A line of the ledger is ``acked N``: the first N events were confirmed; the last one is ``end PUBLISHED ACKED``.
 """
 

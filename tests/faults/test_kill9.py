@@ -45,9 +45,10 @@ def test_nothing_acknowledged_is_lost_or_doubled_by_killing_the_bus_again_and_ag
     chance = random.Random(9)
     try:
         for _ in range(CYCLES):
-            before = {source: acknowledged(file) for source, file in ledgers.items()}
             more = chance.randrange(1, 4000)
-            wait_until(lambda: all(acknowledged(f) >= before[s] + more for s, f in ledgers.items()), "acknowledgements")
+            for file in ledgers.values():
+                goal = acknowledged(file) + more
+                wait_until(lambda file=file, goal=goal: acknowledged(file) >= goal, "acknowledgements")
             bus.kill()
             promised = {source: acknowledged(file) for source, file in ledgers.items()}
             kept = volumes(bus)
