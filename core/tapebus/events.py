@@ -7,6 +7,8 @@ The core knows envelopes, not trading: payload types are registered by plugins t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import reduce
+from operator import or_
 from typing import Any, Literal
 
 import msgspec
@@ -137,9 +139,7 @@ class Registry:
 
     def union(self) -> Any:
         """The tagged union of all registered event classes, as a type for msgspec decoders."""
-        from typing import Union
-
-        return Union[tuple(self.classes.values())] if self.classes else GenericEvent
+        return reduce(or_, self.classes.values()) if self.classes else GenericEvent
 
 
 class Wire(Struct, omit_defaults=True, kw_only=True):
