@@ -83,3 +83,15 @@ def test_a_subscriber_that_does_not_read_loses_events_and_slows_nobody(embed):
     assert set(seqs) <= set(range(1, 10_001))
     with bus.tape() as tape:
         assert tape.last_seq == 10_000
+
+
+def test_a_quarantined_event_is_on_the_feed_but_reaches_no_consumer(embed):
+    bus = embed(["schema", "store", "outcomes"])
+    crossed = {**quote(1), "bid": 2.0, "ask": 1.0}
+    with listening(bus.runtime, bus.feed, b"bitten.market_data") as socket, bus.publisher() as publisher:
+        for data in (quote(1), crossed, quote(2)):
+            publisher.publish("market_data", data)
+        assert publisher.flush(30.0)
+        received = feed_messages(socket, 3)
+    assert [event["data"] for _, event in received] == [quote(1), crossed, quote(2)]
+    wait_until(lambda: bus.runtime.stats()["consumers"][0]["handled"] == 2, "the two good quotes")

@@ -71,6 +71,7 @@ cdef enum:
     HEAD = 28
     BATCH_HEAD = 52       # HEAD + S_BATCH
     MALFORMED = 1         # code of ingest.malformed
+    N_PLACES = 4          # codes of PLACES run from 1 to this
     MAX_REPLY = 128       # an acknowledgement with three refused ranges has 99 bytes
 
     STALL_US = 1000000    # a tape that stands still this long makes fire-and-forget frames be shed
@@ -613,10 +614,13 @@ cdef class Ingest:
         cdef uint64_t first = get64(p + HEAD), last = get64(p + HEAD + 8)
         cdef entry_t *entry
         self.raise_highest(account, get64(p + HEAD + 16))
+        if not 1 <= p[HEAD + 24] <= N_PLACES:
+            self.nack(session.route, p, account.accepted + 1, NACK_UNKNOWN)
+            return
         if last <= account.accepted:
             session.owes_ack = 1
             return
-        if first > account.accepted + 1 or last < first:
+        if first > account.accepted + 1 or last < first or last - account.accepted > 0xffffffffu:
             self.nack(session.route, p, account.accepted + 1, NACK_SEQUENCE)
             return
         entry = self.ring.claim(0)
@@ -624,7 +628,7 @@ cdef class Ingest:
             self.nack(session.route, p, account.accepted + 1, NACK_BUSY)
             return
         entry.kind = GAP
-        entry.code = p[HEAD + 24] & 7
+        entry.code = p[HEAD + 24]
         entry.count = <uint32_t>(last - account.accepted)
         entry.producer = session.producer
         entry.producer_seq = last

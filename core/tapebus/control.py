@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable
@@ -60,6 +61,7 @@ class Control(threading.Thread):
 
         self._handlers = handlers
         self._on_timer = on_timer
+        self._endpoint = endpoint
         self._socket = context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 200)
         self._socket.setsockopt(zmq.MAXMSGSIZE, 64 << 10)
@@ -81,6 +83,10 @@ class Control(threading.Thread):
 
     def discard(self) -> None:
         """Release the socket and the bell; for a thread that has ended or never started."""
+        if not self._socket.closed and self._endpoint.startswith("ipc://"):
+            # a name without a listener would make clients wait for their timeout
+            with contextlib.suppress(OSError):
+                os.unlink(self._endpoint.removeprefix("ipc://"))
         self._socket.close()
         if self._bell_read >= 0:
             os.close(self._bell_read)

@@ -77,6 +77,7 @@ class Dispatcher(threading.Thread):
         self.fences = fences
         self.store = store
         self.outlets: list[Any] = []
+        self.feed: Any = None
         self._max_batch = max_batch
         self._bury = bury
         self._fail = fail
@@ -136,12 +137,26 @@ class Dispatcher(threading.Thread):
                 self._judge(faults, first, view)
             self._judged = max(self._judged, last)
             urgent = block.urgent > 0
+            piece = Slice(events, view, start, last, urgent)
             for outlet in self.outlets:
-                outlet.offer(Slice(events, view, start, last, urgent))
+                outlet.offer(piece)
+            if self.feed is not None:
+                self.feed.offer(self._with_quarantined(piece, faults))
             for fence, wanted in zip(self.fences, self._fan.split(events, view, start), strict=True):
                 # without a store there is nothing to catch up from: such a consumer goes on with what comes
                 if (fence.cursor + 1 >= first or self.store is None) and fence.ready:
                     fence.offer(wanted, last)
+
+    def _with_quarantined(self, piece: Slice, faults: list[Fault]) -> Slice:
+        """What the feed repeats: also the events that break a rule and are only kept from consumers."""
+        types = self.codec.registry.types
+        events = piece.events
+        for fault in faults:
+            name = fault.event.event_type if fault.event is not None else ""  # type: ignore[attr-defined]
+            if name in types and types[name].policy == "quarantine":
+                events = list(events) if events is piece.events else events
+                events[fault.index] = fault.event
+        return piece if events is piece.events else Slice(events, piece.view, piece.start, piece.last_seq)
 
     def _judge(self, faults: list[Fault], first: int, view: BlockView) -> None:
         for fault in faults:

@@ -33,10 +33,13 @@ class Feed(threading.Thread):
         self._subscriptions: dict[bytes, int] = {}
         self._bell_read, self._bell_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self.sent = 0
+        self.seen_seq = 0
 
     def offer(self, piece: Slice) -> None:
         """Take a slice when somebody listens; called by the dispatcher, never blocks."""
-        if self._subscriptions:
+        # after a restart, or when a consumer lags, dispatch reads again what the feed has repeated already
+        if self._subscriptions and piece.last_seq > self.seen_seq:
+            self.seen_seq = piece.last_seq
             self.backlog.put(piece)
             self._ring()
 

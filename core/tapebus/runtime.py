@@ -38,6 +38,8 @@ from tapebus.wiring import Wiring, identity
 log = logging.getLogger("tapebus")
 INGEST_HWM = 10_000
 UNSEQUENCED = "ingest"
+#: Seconds that closing sockets, plugins and store may take beyond the drain before the process ends anyway.
+STOP_GRACE_S = 5.0
 
 
 class Runtime:
@@ -147,7 +149,8 @@ class Runtime:
             self._closing.append(self.control.discard)
         finally:
             os.umask(umask)
-        self.dispatcher.outlets.append(self.feed)
+        self.feed.seen_seq = self.first_seq - 1
+        self.dispatcher.feed = self.feed
         self.processes = [
             ProcessConsumer(
                 plugin,
@@ -302,6 +305,10 @@ class Runtime:
         code = "oversize" if reason == "oversize" else "malformed"
         self.tape.bury(DeadLetter("ingest", code, reason, at=time.time(), raw=frame))
 
+    def _give_up(self) -> None:
+        log.critical("stopping took too long and was cut short; nothing acknowledged is lost")
+        os._exit(1)
+
     def run(self) -> int:
         """Start, serve until SIGINT or SIGTERM, stop; the exit code. A second signal forces the end."""
         from tapebus.pm2 import Channel
@@ -325,7 +332,11 @@ class Runtime:
                 self.statistics.channel = channel
             log.info("running on %s (pid %d)", self.config.data_dir, os.getpid())
             self._stop_asked.get()
+            last_resort = threading.Timer(self.config.bus.drain_s + STOP_GRACE_S, self._give_up)
+            last_resort.daemon = True
+            last_resort.start()
             self.stop()
+            last_resort.cancel()
         finally:
             for each, handler in previous.items():
                 signal.signal(each, handler)
