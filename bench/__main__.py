@@ -132,6 +132,10 @@ def main() -> None:
         "versions": {name: version(name) for name in ("tapebus", "pyzmq", "msgspec", "lmdb", "pluggy")},
         "throughput": {},
     }
+    # the quiet figures first, before this process has grown under load
+    results["latency"] = latency(3000)
+    for name, value in results["latency"].items():
+        print(f"{name:46} {json.dumps(value)}")
     for title, kind, producers in (
         ("two Publishers, acknowledged, batches of 100", "publisher", 2),
         ("plain PUSH, one MessagePack event a frame", "msgpack", 1),
@@ -140,9 +144,6 @@ def main() -> None:
         found = throughput(kind, producers, options.events // producers)
         results["throughput"][title] = found
         print(f"{title:46} {found['events_per_s']:>9,} events/s   {found['bus_cpu_us_per_event']:.2f} µs CPU an event")
-    results["latency"] = latency(3000)
-    for name, value in results["latency"].items():
-        print(f"{name:46} {json.dumps(value)}")
     if options.json is not None:
         options.json.write_text(json.dumps(results, indent=2) + "\n")
 

@@ -9,7 +9,10 @@ import sys
 import time
 from typing import Any
 
-SYMBOLS = ["EURUSD", "GBPUSD", "USDJPY", "XAUUSD", "USDCNH", "AUDUSD", "NZDUSD", "USDCAD", "EURJPY", "GBPJPY", "EURAUD", "XAGUSD", "USDCHF", "EURGBP", "AUDJPY", "USDMXN"]
+SYMBOLS = (
+    *("EURUSD", "GBPUSD", "USDJPY", "XAUUSD", "USDCNH", "AUDUSD", "NZDUSD", "USDCAD"),
+    *("EURJPY", "GBPJPY", "EURAUD", "XAGUSD", "USDCHF", "EURGBP", "AUDJPY", "USDMXN"),
+)
 DISTINCT = 5000
 #: Events a producer keeps in flight at most, so that nothing is dropped for want of memory.
 WINDOW = 40_000
