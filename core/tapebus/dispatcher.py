@@ -12,8 +12,9 @@ from tapebus.backlog import Backlog
 from tapebus.blocks import BlockView
 from tapebus.codec import Codec, Fault
 from tapebus.consumer import covers
-from tapebus.events import DeadLetter, Event
+from tapebus.events import Event
 from tapebus.fence import Fence
+from tapebus.judge import Judge
 from tapebus.store import Block, StoreReader
 
 #: Bytes of undispatched blocks kept in memory; beyond it dispatch continues from the tape.
@@ -69,7 +70,7 @@ class Dispatcher(threading.Thread):
         last_seq: int,
         *,
         max_batch: int,
-        bury: Callable[[DeadLetter], None],
+        judge: Judge,
         fail: Callable[[BaseException], None],
     ) -> None:
         super().__init__(name="tapebus-dispatch", daemon=True)
@@ -79,14 +80,13 @@ class Dispatcher(threading.Thread):
         self.outlets: list[Any] = []
         self.feed: Any = None
         self._max_batch = max_batch
-        self._bury = bury
+        self.judge = judge
+        self._units: list[Fence | Judge] = [*fences, judge]
         self._fail = fail
         self._fan = FanOut(codec, [tuple(fence.consumer.topics) for fence in fences])
         self._lanes = [fence for fence in fences if fence.consumer.lanes]
         load = (lambda after: store.blocks(after)) if store is not None else None
         self.backlog = Backlog(BACKLOG_BYTES, cursor, last_seq, load)
-        self.faults: dict[str, int] = {}
-        self._judged = last_seq
         #: The last sequence number all live consumers have been offered.
         self.done_seq = cursor
         self._overtaken = 0
@@ -109,8 +109,8 @@ class Dispatcher(threading.Thread):
                     break
                 elif not lagging and not self.backlog.lapped:
                     self._rest()
-            for fence in self.fences:
-                fence.close_unit(force=True)
+            for each in self._units:
+                each.close_unit(force=True)
         except BaseException as error:
             self._fail(error)
 
@@ -119,12 +119,14 @@ class Dispatcher(threading.Thread):
         now = time.monotonic()
         waits = [wait for fence in self.fences if (wait := fence.tick(now)) is not None]
         waits += [0.25 for fence in self.fences if fence.state == "open" or fence.unsaved]
+        if self.judge.unsaved:
+            waits.append(0.25)
         return min(waits, default=None)
 
     def _rest(self) -> None:
-        for fence in self.fences:
-            if fence.unsaved:
-                fence.close_unit()
+        for each in self._units:
+            if each.unsaved:
+                each.close_unit()
 
     def _dispatch(self, block: Block) -> None:
         view = BlockView(block.payload, block.first_seq)
@@ -132,10 +134,7 @@ class Dispatcher(threading.Thread):
             stop = min(start + self._max_batch, view.count)
             events, faults = self.codec.decode(view, start, stop)
             first, last = block.first_seq + start, block.first_seq + stop - 1
-            # what was judged before a restart is replayed only for the consumers that lag behind it
-            if faults and last > self._judged:
-                self._judge(faults, first, view)
-            self._judged = max(self._judged, last)
+            self.judge.judge(faults, view, first, last)
             urgent = block.urgent > 0
             piece = Slice(events, view, start, last, urgent)
             for outlet in self.outlets:
@@ -146,6 +145,7 @@ class Dispatcher(threading.Thread):
                 # without a store there is nothing to catch up from: such a consumer goes on with what comes
                 if (fence.cursor + 1 >= first or self.store is None) and fence.ready:
                     fence.offer(wanted, last)
+        self.judge.close_unit()
 
     def _with_quarantined(self, piece: Slice, faults: list[Fault]) -> Slice:
         """What the feed repeats: also the events that break a rule and are only kept from consumers."""
@@ -157,15 +157,6 @@ class Dispatcher(threading.Thread):
                 events = list(events) if events is piece.events else events
                 events[fault.index] = fault.event
         return piece if events is piece.events else Slice(events, piece.view, piece.start, piece.last_seq)
-
-    def _judge(self, faults: list[Fault], first: int, view: BlockView) -> None:
-        for fault in faults:
-            seq = first + fault.index
-            if seq <= self._judged:
-                continue
-            self.faults[fault.reason] = self.faults.get(fault.reason, 0) + 1
-            name = self.codec.topics.name(view.topic(seq))
-            self._bury(DeadLetter("schema", fault.reason, fault.detail, seq, name, time.time()))
 
     def _overtake(self) -> None:
         """Hand urgent events of the backlog to the consumers that let them overtake."""

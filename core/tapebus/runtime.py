@@ -28,6 +28,8 @@ from tapebus.errors import StoreError, TapebusError
 from tapebus.events import DeadLetter, Wire
 from tapebus.feed import Feed, bind
 from tapebus.fence import Fence
+from tapebus.judge import NAME as JUDGE
+from tapebus.judge import Judge
 from tapebus.outlets import ThreadConsumer
 from tapebus.statistics import Statistics
 from tapebus.supervisor import ProcessConsumer
@@ -111,15 +113,21 @@ class Runtime:
         self.statistics = Statistics(self)
         self.tape = TapeWriter(self.ring, self.ingest, self.store, self._fail, self.statistics.durable_counters)
         self.wiring = Wiring(self.manager, config, self.ring, self.store, self.tape.bury)
-        cursors = [fence.cursor for fence in self.wiring.inline]
+        saved = self.store.cursors().get(JUDGE) if self.store is not None else None
+        judge = Judge(
+            self.codec.topics,
+            saved.cursor if saved is not None else last_seq,
+            lambda unit: self.ring.inject(b"", self._own, unit),
+        )
+        cursors = [judge.cursor, *(fence.cursor for fence in self.wiring.inline)]
         self.dispatcher = Dispatcher(
             self.codec,
             self.wiring.inline,
             self.store,
-            min(cursors, default=last_seq),
+            min(cursors),
             last_seq,
             max_batch=config.bus.max_batch,
-            bury=self.tape.bury,
+            judge=judge,
             fail=self._fail,
         )
         self.threads = [

@@ -52,7 +52,7 @@ class Statistics:
             "rejected.ingest.malformed": runtime.ingest.malformed,
             "rejected.ingest.oversize": runtime.ingest.oversize,
             "dropped.legacy.shed": runtime.ingest.shed,
-            **{f"dead.{reason}": n for reason, n in runtime.dispatcher.faults.items()},
+            **{f"dead.{reason}": n for reason, n in runtime.dispatcher.judge.faults.items()},
         }
         total = dict(self._base)
         for key, count in now.items():

@@ -67,7 +67,8 @@ class Unit(Struct):
     """One consumer's unit of work: its cursor and the state that belongs to exactly that cursor.
 
     ``ahead`` lists the sequence numbers above ``cursor`` that were already handled (priority lanes).
-    ``state`` maps a key to its new bytes, or to ``None`` for a deleted key.
+    ``state`` maps a key to its new bytes, or to ``None`` for a deleted key. ``dead`` are dead letters that
+    belong to the cursor; the tape thread moves them into the commit.
     """
 
     consumer: str
@@ -75,6 +76,7 @@ class Unit(Struct):
     ahead: list[int] = []
     namespace: str = ""
     state: dict[str, bytes | None] = {}
+    dead: list[DeadLetter] = []
 
 
 class Commit(Struct):

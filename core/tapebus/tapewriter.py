@@ -104,6 +104,7 @@ class TapeWriter(threading.Thread):
     def _commit(self, block: Block | None, units: list[Unit], changed: list[int]) -> None:
         assert self.store is not None
         dead = [self._dead.popleft() for _ in range(len(self._dead))]
+        dead += [letter for unit in units for letter in unit.dead]
         counters = self._counters()
         commit = Commit(
             [block] if block is not None else [],

@@ -148,7 +148,8 @@ class _View:
 
     def price(self, *names: str) -> str:
         value = _number(self.get(*names))
-        return "" if value is None else f"{value:.{digits_of(self.symbol, self._digits)}f}"
+        # terminals write 0 for "at the market" and for "no level"
+        return "" if not value else f"{value:.{digits_of(self.symbol, self._digits)}f}"
 
     def figure(self, pattern: str, *names: str) -> str:
         value = _number(self.get(*names))
