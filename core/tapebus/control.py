@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 from collections.abc import Callable
@@ -14,6 +15,9 @@ import zmq
 
 from tapebus.config import Config
 from tapebus.errors import BusNotRunning, TapebusError
+
+log = logging.getLogger("tapebus.control")
+RETRY_S = 5.0
 
 
 def request(config: Config, message: dict[str, Any], timeout: float = 2.0) -> dict[str, Any]:
@@ -73,13 +77,26 @@ class Control(threading.Thread):
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._bell_read, zmq.POLLIN)
         while True:
-            ready = dict(poller.poll(ceil(max(0.0, self._on_timer()) * 1e3)))
+            ready = dict(poller.poll(ceil(self._wait() * 1e3)))
             if self._bell_read in ready:
                 break
             if self._socket in ready:
-                identity, *parts = self._socket.recv_multipart()
-                if len(parts) == 1:
-                    self._socket.send_multipart((identity, self._answer(parts[0])), zmq.DONTWAIT)
+                self._serve()
+
+    def _wait(self) -> float:
+        """Run the timer; seconds until it wants to run again. A fault in it must not end the control thread."""
+        try:
+            return max(0.0, self._on_timer())
+        except Exception:
+            log.exception("a periodic task failed and will be tried again")
+            return RETRY_S
+
+    def _serve(self) -> None:
+        identity, *parts = self._socket.recv_multipart()
+        if len(parts) == 1:
+            # a client that is gone, or asks without reading, gets no answer
+            with contextlib.suppress(zmq.ZMQError):
+                self._socket.send_multipart((identity, self._answer(parts[0])), zmq.DONTWAIT)
 
     def discard(self) -> None:
         """Release the socket and the bell; for a thread that has ended or never started."""
