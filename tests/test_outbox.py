@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from tapebus import wire
-from tapebus._outbox import Outbox, crc32c, enc_hook
+from tapebus._outbox import Outbox, enc_hook
+from tapebus.blocks import crc32c
 
 EVENTS, BYTES = 6, 64
 

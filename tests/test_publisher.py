@@ -18,7 +18,7 @@ import pytest
 import zmq
 
 from tapebus import wire
-from tapebus._outbox import crc32c
+from tapebus.blocks import crc32c
 from tapebus.errors import UsageError
 from tapebus.publisher import Publisher
 

@@ -8,9 +8,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from tapebus.consumer import Consumer, Context
+from tapebus.consumer import Consumer, Context, covers
 from tapebus.events import EventType, Registry
-from tapebus.testing import ListBatch, PluginBench, RecordingContext, matches
+from tapebus.testing import ListBatch, PluginBench, RecordingContext
 
 
 class Quote(msgspec.Struct, frozen=True):
@@ -137,4 +137,4 @@ def test_a_batch_knows_its_first_and_last_number():
     ],
 )
 def test_topics_are_exact_or_a_prefix_up_to_a_dot(topics, event_type, expected):
-    assert matches(topics, event_type) is expected
+    assert covers(topics, event_type) is expected

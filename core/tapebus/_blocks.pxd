@@ -25,6 +25,12 @@ cdef struct columns_t:
     uint8_t *priority
     uint8_t *data
 
+# One entry of a correlation run; runs are sorted by hash, then offset.
+cdef struct corr_t:
+    uint32_t hash
+    uint32_t offset
+
+cdef int compare_corr(const void *a, const void *b) noexcept nogil
 cdef void columns_at(uint8_t *payload, uint32_t count, columns_t *out) noexcept nogil
 cdef uint32_t crc32c_update(uint32_t crc, const uint8_t *p, size_t n) noexcept nogil
 

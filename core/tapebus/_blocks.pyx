@@ -222,11 +222,6 @@ def merge_payloads(list payloads not None):
 
 # -- correlation runs: sorted (hash u32, offset u32) --------------------------------------------
 
-cdef struct corr_t:
-    uint32_t hash
-    uint32_t offset
-
-
 cdef int compare_corr(const void *a, const void *b) noexcept nogil:
     cdef const corr_t *x = <const corr_t *>a
     cdef const corr_t *y = <const corr_t *>b

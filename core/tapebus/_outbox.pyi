@@ -2,7 +2,6 @@ from typing import Any
 
 MAX_EVENT: int
 
-def crc32c(data: bytes | bytearray | memoryview) -> int: ...
 def enc_hook(value: Any) -> Any: ...
 
 class Outbox:

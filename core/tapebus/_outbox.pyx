@@ -22,45 +22,6 @@ import msgspec
 from tapebus import wire
 from tapebus.events import PRIORITIES, Wire
 
-cdef extern from *:
-    """
-    #include <stddef.h>
-    #include <stdint.h>
-    static uint32_t crc32c_table[256];
-    static int crc32c_hw;
-    static void crc32c_init(void) {
-        for (uint32_t i = 0; i < 256; i++) {
-            uint32_t c = i;
-            for (int k = 0; k < 8; k++) c = (c >> 1) ^ (0x82F63B78u & (0u - (c & 1u)));
-            crc32c_table[i] = c;
-        }
-    #if defined(__x86_64__) && defined(__GNUC__)
-        crc32c_hw = __builtin_cpu_supports("sse4.2");
-    #endif
-    }
-    #if defined(__x86_64__) && defined(__GNUC__)
-    __attribute__((target("sse4.2")))
-    static uint32_t crc32c_sse(uint32_t crc, const unsigned char *p, size_t n) {
-        uint64_t c = crc, word;
-        for (; n >= 8; n -= 8, p += 8) { __builtin_memcpy(&word, p, 8); c = __builtin_ia32_crc32di(c, word); }
-        for (; n; n--) c = __builtin_ia32_crc32qi((uint32_t)c, *p++);
-        return (uint32_t)c;
-    }
-    #endif
-    static uint32_t crc32c_of(const unsigned char *p, size_t n) {
-        uint32_t c = 0xFFFFFFFFu;
-    #if defined(__x86_64__) && defined(__GNUC__)
-        if (crc32c_hw) return crc32c_sse(c, p, n) ^ 0xFFFFFFFFu;
-    #endif
-        while (n--) c = (c >> 8) ^ crc32c_table[(c ^ *p++) & 255];
-        return c ^ 0xFFFFFFFFu;
-    }
-    """
-    void crc32c_init() noexcept
-    uint32_t crc32c_of(const uint8_t *p, size_t n) noexcept
-
-crc32c_init()
-
 cdef enum:
     ENCODE = 1       # codes of wire.PLACES
     RING_FULL = 2
@@ -81,14 +42,6 @@ cdef struct entry_t:
     uint64_t start   # where the bytes lie in the byte ring
     uint32_t size
     uint8_t place    # 0: an event; else the place at which first..last were dropped
-
-
-def crc32c(data not None):
-    """The CRC-32C (Castagnoli) of any bytes-like object."""
-    cdef const uint8_t[::1] view = data
-    if view.shape[0] == 0:
-        return 0
-    return crc32c_of(&view[0], view.shape[0])
 
 
 cdef class Outbox:

@@ -12,7 +12,7 @@ from libc.stdlib cimport calloc, free, malloc, qsort
 from libc.string cimport memcpy, memset
 from posix.unistd cimport close, read, write
 
-from tapebus._blocks cimport COLUMNS_SIZE, CORR_SIZE, HEAD_SIZE, columns_at, columns_t
+from tapebus._blocks cimport COLUMNS_SIZE, CORR_SIZE, HEAD_SIZE, columns_at, columns_t, compare_corr, corr_t
 from tapebus._scan cimport MAX_TOPICS, UNTIMED
 
 from tapebus.store import Block, ProducerBook
@@ -29,19 +29,6 @@ cdef extern from "<poll.h>" nogil:
         short revents
     int poll(pollfd *fds, unsigned long n, int timeout)
     short POLLIN
-
-cdef struct corr_t:
-    uint32_t hash
-    uint32_t offset
-
-
-cdef int compare_corr(const void *a, const void *b) noexcept nogil:
-    cdef const corr_t *x = <const corr_t *>a
-    cdef const corr_t *y = <const corr_t *>b
-    if x.hash != y.hash:
-        return 1 if x.hash > y.hash else -1
-    return (x.offset > y.offset) - (x.offset < y.offset)
-
 
 cdef void bell_ring(bell_t *bell) noexcept nogil:
     cdef uint64_t one = 1

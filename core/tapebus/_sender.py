@@ -17,7 +17,8 @@ import msgspec
 import zmq
 
 from tapebus import wire
-from tapebus._outbox import Outbox, crc32c
+from tapebus._blocks import crc32c
+from tapebus._outbox import Outbox
 
 _log = logging.getLogger("tapebus.publisher")
 

@@ -157,6 +157,35 @@ class Wire(Struct, omit_defaults=True, kw_only=True):
     priority: str | UnsetType = UNSET
 
 
+def derive(
+    source: str,
+    event_type: str,
+    data: Any,
+    *,
+    now: float,
+    cause: Event | None = None,
+    timestamp: float | None = None,
+    correlation_id: str | None = None,
+    user_id: str | None = None,
+    priority: str | None = None,
+) -> Wire:
+    """The envelope of an event a plugin emits: time and correlation id default to those of `cause`, else `now`."""
+    if timestamp is None:
+        timestamp = cause.timestamp if cause is not None else now
+    if correlation_id is None and cause is not None:
+        correlation_id = cause.correlation_id
+    return Wire(
+        event_type=event_type,
+        timestamp=timestamp,
+        source=source,
+        data=data,
+        correlation_id=correlation_id,
+        user_id=user_id,
+        causation_id=f"bus:{cause.bus_seq}" if cause is not None else None,
+        priority=UNSET if priority is None else priority,
+    )
+
+
 def to_dict(event: Event) -> dict[str, Any]:
     """The canonical envelope of `event` as plain values (``None`` left out), plus ``bus_seq``."""
     out: dict[str, Any] = {"event_type": event.event_type}  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ import msgspec
 
 from tapebus._decode import Batch
 from tapebus.consumer import Consumer
-from tapebus.events import DeadLetter, Event, Wire
+from tapebus.events import DeadLetter, Event, derive
 from tapebus.store import Unit
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -70,24 +70,18 @@ class PluginContext:
         priority: str | None = None,
     ) -> None:
         """Publish a derived event with the unit of work that is open."""
-        if timestamp is None:
-            timestamp = cause.timestamp if cause is not None else self._clock()
-        if correlation_id is None and cause is not None:
-            correlation_id = cause.correlation_id
-        self.emitted.append(
-            _encode(
-                Wire(
-                    event_type=event_type,
-                    timestamp=timestamp,
-                    source=self.name,
-                    data=data,
-                    correlation_id=correlation_id,
-                    user_id=user_id,
-                    causation_id=f"bus:{cause.bus_seq}" if cause is not None else None,
-                    priority=msgspec.UNSET if priority is None else priority,
-                )
-            )
+        wire = derive(
+            self.name,
+            event_type,
+            data,
+            now=self._clock(),
+            cause=cause,
+            timestamp=timestamp,
+            correlation_id=correlation_id,
+            user_id=user_id,
+            priority=priority,
         )
+        self.emitted.append(_encode(wire))
 
     def take(self) -> tuple[bytes, dict[str, bytes | None]]:
         """What was emitted (one batch frame, empty for nothing) and changed since the last unit."""

@@ -12,11 +12,11 @@ from types import TracebackType
 from typing import Any
 
 from tapebus.codec import Codec
+from tapebus.consumer import covers
 from tapebus.errors import StoreError
 from tapebus.events import DeadLetter, Event
 from tapebus.plugins import load, registry
 from tapebus.store import Block, StoreReader
-from tapebus.testing import matches
 
 #: A follower looks at the tape at least this often; inotify wakes it at once where there is one.
 FALLBACK_S = 0.1
@@ -151,7 +151,7 @@ class Tape:
     ) -> Iterator[Event]:
         """Matching events with ``after < bus_seq <= horizon``."""
         names = self._reader.topics()
-        wanted = None if topics is None else {number for number, name in names.items() if matches(topics, name)}
+        wanted = None if topics is None else {number for number, name in names.items() if covers(topics, name)}
         if wanted is not None and not wanted:
             return
         low, high = after, horizon

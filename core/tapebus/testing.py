@@ -9,8 +9,8 @@ from typing import Any
 
 import msgspec
 
-from tapebus.consumer import Consumer
-from tapebus.events import Event, Registry, Wire
+from tapebus.consumer import Consumer, covers
+from tapebus.events import Event, Registry, Wire, derive
 
 
 class ListBatch(list[Any]):
@@ -47,20 +47,18 @@ class RecordingContext:
         user_id: str | None = None,
         priority: str | None = None,
     ) -> None:
-        if timestamp is None:
-            timestamp = cause.timestamp if cause is not None else 0.0
-        if correlation_id is None and cause is not None:
-            correlation_id = cause.correlation_id
+        plain = msgspec.to_builtins(data)
         self.emitted.append(
-            Wire(
-                event_type=event_type,
+            derive(
+                self.name,
+                event_type,
+                plain,
+                now=0.0,
+                cause=cause,
                 timestamp=timestamp,
-                source=self.name,
-                data=msgspec.to_builtins(data),
                 correlation_id=correlation_id,
                 user_id=user_id,
-                causation_id=f"bus:{cause.bus_seq}" if cause is not None else None,
-                priority=msgspec.UNSET if priority is None else priority,
+                priority=priority,
             )
         )
 
@@ -99,7 +97,7 @@ class PluginBench:
         """Hand one batch to each consumer that asked for the types in it, then save."""
         events = list(events)
         for consumer in self.consumers:
-            wanted = ListBatch(e for e in events if matches(consumer.topics, e.event_type))
+            wanted = ListBatch(e for e in events if covers(consumer.topics, e.event_type))
             if wanted:
                 consumer.handler(wanted)
             if consumer.save is not None:
@@ -109,10 +107,3 @@ class PluginBench:
         for consumer in self.consumers:
             if consumer.on_tick is not None:
                 consumer.on_tick(now)
-
-
-def matches(topics: Iterable[str], event_type: str) -> bool:
-    """Whether one of `topics` (exact, ``prefix.*`` or ``*``) covers `event_type`."""
-    return any(
-        topic in ("*", event_type) or (topic.endswith(".*") and event_type.startswith(topic[:-1])) for topic in topics
-    )

@@ -13,10 +13,10 @@ import msgspec
 
 from tapebus.cli.common import json_option, publisher, with_config
 from tapebus.config import Config
+from tapebus.consumer import covers
 from tapebus.errors import TapebusError, UsageError
 from tapebus.replay import Recorded, Recording
 from tapebus.replay import replay as publish_all
-from tapebus.testing import matches
 
 if TYPE_CHECKING:
     _ParamType = click.ParamType[float | None]
@@ -84,7 +84,7 @@ def replay(
 
 
 def _wants(record: Recorded, topics: tuple[str, ...], symbol: str) -> bool:
-    if topics and not matches(topics, record.event_type):
+    if topics and not covers(topics, record.event_type):
         return False
     return not symbol or str(record.data.get("symbol", "")).upper() == symbol
 
