@@ -76,6 +76,7 @@ class Sender:
         self.flushing = 0
         self.stopping = self.leaving = False
         self.pid = os.getpid()
+        self.born_at = time.monotonic()
         self.reader, self.writer = _wake_pair()
         self.thread = threading.Thread(target=self._run, name=f"tapebus-sender-{source}", daemon=True)
         self._sock: zmq.Socket[bytes] | None = None

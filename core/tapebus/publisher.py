@@ -149,9 +149,11 @@ def _at_fork() -> None:
 def _at_exit() -> None:
     deadline = time.monotonic() + _EXIT_BUDGET_S
     for publisher in list(_publishers):
-        # Waiting for a bus that is not there would only delay the exit.
-        connected = publisher._sender is not None and publisher._sender.connected
-        publisher.close(max(0.0, deadline - time.monotonic()) / 2 if connected else 0.0)
+        sender = publisher._sender
+        # Waiting for a bus that is not there would only delay the exit; a script that has only just begun to
+        # publish cannot know yet.
+        hope = sender is not None and (sender.connected or sender.born_at + _EXIT_BUDGET_S > time.monotonic())
+        publisher.close(max(0.0, deadline - time.monotonic()) / 2 if hope else 0.0)
 
 
 atexit.register(_at_exit)
