@@ -95,3 +95,14 @@ def test_a_quarantined_event_is_on_the_feed_but_reaches_no_consumer(embed):
         received = feed_messages(socket, 3)
     assert [event["data"] for _, event in received] == [quote(1), crossed, quote(2)]
     wait_until(lambda: bus.runtime.stats()["consumers"][0]["handled"] == 2, "the two good quotes")
+
+
+def test_an_event_that_json_cannot_repeat_leaves_a_gap_and_the_feed_alive(embed):
+    bus = embed(["schema", "store"])
+    good = {"event_type": "user_action", "timestamp": 1.0, "source": "t", "data": {"user_id": "1", "action": "a"}}
+    frame = msgspec.msgpack.encode({**good, "x": "AB?DE"}).replace(b"AB?DE", b"AB\xb9DE")
+    with listening(bus.runtime, bus.feed, b"bitten.user_action") as socket, pushing(bus.ingest) as send:
+        for each in (frame, msgspec.msgpack.encode({**good, "x": {None: 2}}), msgspec.msgpack.encode(good)):
+            send(each)
+        [(_, event)] = feed_messages(socket, 1)
+    assert event["bus_seq"] == 3

@@ -149,3 +149,15 @@ def test_the_table_of_types_continues_the_numbering_of_the_tape():
         topics.load({})
     with pytest.raises(ValueError, match="hole"):
         Topics().load({2: "b"})
+
+
+@pytest.mark.parametrize("name", [b"AB\xb9DE", b"\xc0\x80", b"\xed\xa0\x80", b"\xf5\x80\x80\x80", b"\xe2\x82"])
+def test_an_event_type_that_is_not_utf8_is_refused(name):
+    frame = msgspec.msgpack.encode({"event_type": "?" * len(name), "timestamp": 1.0, "source": "t", "data": {}})
+    topics = Topics()
+    assert "UTF-8" in scan(topics, frame.replace(b"?" * len(name), name))
+    assert len(topics) == 0
+
+
+def test_a_json_event_type_with_a_lone_surrogate_is_refused():
+    assert "UTF-8" in scan(Topics(), rb'{"event_type":"a\ud800","timestamp":1,"source":"t","data":{}}')

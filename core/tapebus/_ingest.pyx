@@ -13,7 +13,7 @@ from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memcpy
+from libc.string cimport memcmp, memcpy
 from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
 from posix.unistd cimport read
 
@@ -542,6 +542,9 @@ cdef class Ingest:
             return False
         session.seen_us = monotonic_us()
         account = self.ring.producers[session.producer]
+        if memcmp(p + 4, account.id, 16) != 0 or get64(p + 20) != account.epoch:
+            self.nack(route, p, 0, NACK_UNKNOWN)
+            return False
         if kind == W_BATCH and size >= BATCH_HEAD:
             return self.batch(session, account, message, p, size)
         if kind == W_GAP and size >= HEAD + 25:
@@ -569,6 +572,11 @@ cdef class Ingest:
         cdef int n
         if tb_load(&self.stop_reading):
             return False
+        if count > self.max_events:
+            self.malformed += 1
+            self.sample(p, size, b"more events than one frame may hold")
+            self.nack(session.route, p, account.accepted + 1, NACK_UNKNOWN)
+            return False
         self.batches += 1
         self.raise_highest(account, get64(p + HEAD + 16))
         if base > account.accepted + 1 or count == 0 or base == 0:
@@ -590,7 +598,7 @@ cdef class Ingest:
         entry.producer_seq = base + count - 1
         entry.received_us = now_us()
         entry.items = &entry.one
-        if n != <int>count or not self.take_items(entry, skip):
+        if n <= 0 or <uint32_t>n != count or not self.take_items(entry, skip):
             entry.kind = REJECT
             entry.code = MALFORMED
             entry.count = count - skip
@@ -650,7 +658,8 @@ cdef class Ingest:
         cdef uint16_t version
         try:
             memcpy(&version, p + 2, 2)
-            if version != W_VERSION or size < HEAD + 8:
+            # epoch 0 marks the accounts of the bus itself
+            if version != W_VERSION or size < HEAD + 8 or get64(p + 20) == 0:
                 self.nack(route, p, 0, NACK_UNKNOWN)
                 return
             source = ""

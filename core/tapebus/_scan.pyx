@@ -38,7 +38,7 @@ REASONS = {
     ERR_SYNTAX: "neither JSON nor MessagePack",
     ERR_DEPTH: f"nested deeper than {MAX_DEPTH}",
     ERR_NOT_EVENT: "an event must be a map with string keys",
-    ERR_EVENT_TYPE: f"event_type is missing or not a string of 1 to {MAX_TOPIC_SIZE} bytes",
+    ERR_EVENT_TYPE: f"event_type is missing or not a string of 1 to {MAX_TOPIC_SIZE} bytes of UTF-8",
     ERR_TOO_MANY: "more events than one frame may hold",
     ERR_MEMORY: "out of memory",
 }
@@ -207,11 +207,48 @@ cdef inline void remember_key(scan_t *s, const uint8_t *p, size_t n) noexcept no
         s.flags |= ALIASED
 
 
+cdef bint is_utf8(const uint8_t *p, size_t n) noexcept nogil:
+    """Whether the bytes are UTF-8 in its shortest form without surrogates (RFC 3629)."""
+    cdef size_t i = 0, more, k
+    cdef uint32_t c
+    while i < n:
+        c = p[i]
+        i += 1
+        if c < 0x80:
+            continue
+        if 0xc2 <= c <= 0xdf:
+            more = 1
+            c &= 0x1f
+        elif 0xe0 <= c <= 0xef:
+            more = 2
+            c &= 0x0f
+        elif 0xf0 <= c <= 0xf4:
+            more = 3
+            c &= 0x07
+        else:
+            return False
+        if i + more > n:
+            return False
+        for k in range(more):
+            if (p[i] & 0xc0) != 0x80:
+                return False
+            c = (c << 6) | (p[i] & 0x3f)
+            i += 1
+        if (more == 2 and c < 0x800) or (more == 3 and (c < 0x10000 or c > 0x10ffff)) or 0xd800 <= c <= 0xdfff:
+            return False
+    return True
+
+
 cdef int finish(Topics topics, scan_t *s, item_t *item, const uint8_t *name, size_t name_size) noexcept nogil:
     cdef uint32_t i
     if name == NULL or name_size < 1 or name_size > MAX_TOPIC_SIZE:
         return ERR_EVENT_TYPE
-    item.topic = topics.find(name, name_size, True)
+    item.topic = topics.find(name, name_size, False)
+    if item.topic == 0:
+        # a name is proved once, when it is new: what is stored must read back as it was written
+        if not is_utf8(name, name_size):
+            return ERR_EVENT_TYPE
+        item.topic = topics.find(name, name_size, True)
     if topics.has_alias[item.topic]:
         for i in range(s.n_keys):
             if topics.is_alias(item.topic, s.keys[i]):

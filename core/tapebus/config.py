@@ -42,7 +42,7 @@ class Bus(Struct, frozen=True, forbid_unknown_fields=True):
     max_batch: Annotated[int, Meta(ge=1, le=65536)] = 1024
     heartbeat_s: _Positive = 30.0
     stats_s: _NotNegative = 60.0
-    drain_s: _NotNegative = 5.0
+    drain_s: Annotated[float, Meta(ge=0, le=3600)] = 5.0
     unknown_types: Literal["keep", "reject"] = "keep"
     publish_heartbeat: bool = True
 

@@ -105,7 +105,7 @@ class Statistics:
             "producers": producers,
             "consumers": self._consumers(),
             "plugins": self._plugins(),
-            "feed": {"sent": runtime.feed.sent, "lost": runtime.feed.backlog.lost},
+            "feed": {"sent": runtime.feed.sent, "lost": runtime.feed.backlog.lost + runtime.feed.unsent},
             "store": runtime.store.stats() if runtime.store is not None else {},
         }
 
