@@ -20,6 +20,8 @@ def test_a_subscriber_gets_only_the_topics_it_asked_for(embed):
         [(topic, event)] = feed_messages(socket, 1)
     assert topic == "bitten.user_action"
     assert event["bus_seq"] == 101
+    # the message is out before it is counted
+    wait_until(lambda: bus.runtime.feed.sent, "the count")
     assert bus.runtime.feed.sent == 1
 
 
