@@ -1,4 +1,4 @@
-# make demo · make test · make build · make lint · make bench · make asan · make wheel · make clean
+# make demo · make test · make faults · make build · make lint · make bench · make asan · make wheel · make clean
 # PYTHON=/path/to/python3.13 chooses another interpreter than the first suitable one on PATH.
 
 VENV    := .venv
@@ -14,13 +14,18 @@ COMPILED := ring scan blocks outbox ingest
 
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: demo test build lint format bench asan wheel clean
+.PHONY: demo test faults build lint format bench asan wheel clean
 
 demo: $(VENV)/.built
 	@$(BIN)/tapebus demo
 
 test: $(VENV)/.built $(VENV)/.test
 	@$(BIN)/pytest -q -n $(WORKERS) $(ARGS)
+
+# The fault tests at their larger sizes: SIZE=long about half an hour, SIZE=full hours. Alone on the machine, one at a time.
+SIZE ?= long
+faults: $(VENV)/.built $(VENV)/.test
+	@$(BIN)/pytest -q -p no:cacheprovider --timeout 7200 --faults $(SIZE) $(or $(ARGS),tests/faults)
 
 build: $(VENV)/.built
 

@@ -27,6 +27,27 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 PATIENCE = 30.0
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("faults")
+    group.addoption("--faults", choices=("quick", "long", "full"), default="quick", help="size of the fault tests")
+    group.addoption("--seed", type=int, default=None, help="repeat the chances of a fault test")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The figures that fault tests measured, one line a test; they come from workers as well."""
+    reports = [each for kind in ("passed", "failed") for each in terminalreporter.stats.get(kind, [])]
+    lines = [
+        f"{report.nodeid.rpartition('::')[2]}: " + ", ".join(f"{key} {value}" for key, value in found.items())
+        for report in reports
+        for name, found in report.user_properties
+        if name == "figures" and found
+    ]
+    if lines and terminalreporter.config.getoption("--faults") != "quick":
+        terminalreporter.section("figures")
+        terminalreporter.write("\n".join(lines) + "\n")
+
+
 @pytest.fixture(autouse=True)
 def no_thread_survives() -> Iterator[None]:
     """Fail a test that leaves a thread behind which would keep the interpreter from exiting."""

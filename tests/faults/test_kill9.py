@@ -10,15 +10,12 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from bus_support import wait_until
 from tapebus import Tape
 
 LEDGER = Path(__file__).with_name("ledger.py")
 SOURCES = ("elite_guard", "webapp")
 CYCLES = 5
-
-pytestmark = pytest.mark.faults
 
 
 def acknowledged(file: Path) -> int:
