@@ -58,7 +58,7 @@ def chance(seed: int) -> random.Random:
 
 @pytest.fixture
 def figures(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
-    """A dictionary for what the test measured; kept in ``build/faults/figures.jsonl`` and shown at the end of the run."""
+    """A dictionary for what the test measured; kept in ``build/faults/figures.jsonl``, shown at the end of the run."""
     found: dict[str, Any] = {}
     # the report of the call takes over what is in here by then
     request.node.user_properties.append(("figures", found))
@@ -73,7 +73,7 @@ def figures(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
         "seed": request.node.stash.get(SEED, None),
         "seconds": round(call.duration, 1) if call is not None else None,
         "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.release()}, Python {platform.python_version()}",
+        "machine": f"{os.cpu_count()} cores, {platform.platform(terse=True)}, Python {platform.python_version()}",
         "figures": found,
     }
     FIGURES.parent.mkdir(parents=True, exist_ok=True)

@@ -8,8 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from bus_support import wait_until
 from tapebus import Tape
 
