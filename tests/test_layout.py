@@ -24,6 +24,7 @@ PUBLIC = {
     "tapebus.consumer",
     "tapebus.errors",
     "tapebus.events",
+    "tapebus.failpoints",
     "tapebus.hookspecs",
     "tapebus.plugins",
     "tapebus.replay",

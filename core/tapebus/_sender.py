@@ -19,6 +19,7 @@ import zmq
 from tapebus import wire
 from tapebus._blocks import crc32c
 from tapebus._outbox import Outbox
+from tapebus.failpoints import failpoint
 
 _log = logging.getLogger("tapebus.publisher")
 
@@ -225,6 +226,7 @@ class Sender:
                 self._postpone(0.0)
                 return
         if self._greeted:
+            failpoint("sender.before_bye")
             self._send(wire.BYE, b"")
 
     def _arm(self) -> None:
@@ -276,6 +278,7 @@ class Sender:
         return self.outbox.next_seq - 1
 
     def _hello(self) -> None:
+        failpoint("sender.before_hello")
         about = {"source": self.source, "pid": os.getpid(), "host": sockets.gethostname(), "version": wire.VERSION}
         if self._send(wire.HELLO, wire.S_HELLO.pack(self._highest()) + msgspec.msgpack.encode(about)):
             self._greeted = True
@@ -317,8 +320,10 @@ class Sender:
             size = max(size, len(first_only))
         base = self._sent + 1
         body, n = self.outbox.build_batch(base, min(events, wire.MAX_BATCH_EVENTS), min(size, _BODY_ROOM))
+        failpoint("sender.before_send")
         if not n or not self._send(wire.BATCH, wire.S_BATCH.pack(base, n, crc32c(body), self._highest()) + body):
             return False
+        failpoint("sender.after_send")
         self._note_sent(base + n - 1, n, len(body))
         return True
 
@@ -356,6 +361,7 @@ class Sender:
                 return False
 
     def _on_welcome(self, rest: bytes) -> bool:
+        failpoint("sender.on_welcome")
         instance, durable_seq, events, size, durable = wire.S_WELCOME.unpack_from(rest)
         if self._instance not in (0, instance):
             _log.info("another bus answers at %s", self.endpoint)
@@ -374,11 +380,13 @@ class Sender:
         return True
 
     def _on_ack(self, rest: bytes) -> bool:
+        failpoint("sender.on_ack")
         durable_seq, events, size, n_rejects = wire.S_ACK.unpack_from(rest)
         at = wire.S_ACK.size
         rejects = [wire.S_REJECT.unpack_from(rest, at + i * wire.S_REJECT.size) for i in range(n_rejects)]
         self._credit = (events, size)
         self._acknowledge(durable_seq, rejects)
+        failpoint("sender.after_ack")
         return True
 
     def _acknowledge(self, durable_seq: int, rejects: list[tuple[int, int, int]]) -> None:

@@ -13,6 +13,7 @@ from tapebus.blocks import BlockView
 from tapebus.codec import Codec, Fault
 from tapebus.consumer import covers
 from tapebus.events import Event
+from tapebus.failpoints import failpoint
 from tapebus.fence import Fence
 from tapebus.judge import Judge
 from tapebus.store import Block, StoreReader
@@ -102,8 +103,10 @@ class Dispatcher(threading.Thread):
                 lagging = self._feed_lagging()
                 block = self.backlog.get(0.0 if lagging else timeout)
                 if block is not None:
+                    failpoint("dispatch.before_block")
                     self._overtake()
                     self._dispatch(block)
+                    failpoint("dispatch.after_block")
                     self.done_seq = block.last_seq
                 elif self.backlog.closed and self.backlog.drained:
                     break

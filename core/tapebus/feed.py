@@ -13,6 +13,7 @@ from tapebus._scan import JSON_FLAG
 from tapebus.backlog import Backlog
 from tapebus.dispatcher import Slice
 from tapebus.errors import TapebusError
+from tapebus.failpoints import failpoint
 
 #: Events waiting for the feed thread; beyond it the oldest are dropped, which a subscriber sees by ``bus_seq``.
 CAPACITY = 262_144
@@ -61,7 +62,9 @@ class Feed(threading.Thread):
             if self._bell_read in ready:
                 os.read(self._bell_read, 65536)
             while (piece := self.backlog.get(0.0)) is not None:
+                failpoint("feed.before_send")
                 self._send(piece)
+                failpoint("feed.after_send")
 
     def _read_subscriptions(self) -> None:
         while True:

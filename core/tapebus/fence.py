@@ -13,6 +13,7 @@ import msgspec
 from tapebus._decode import Batch
 from tapebus.consumer import Consumer
 from tapebus.events import DeadLetter, Event, derive
+from tapebus.failpoints import failpoint
 from tapebus.store import Unit
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -274,9 +275,11 @@ class Fence:
                 self.last_error = f"save: {type(error).__name__}: {error}"[:300]
                 context.log.exception("consumer %s failed in save", self.consumer.name)
                 return
+        failpoint("fence.before_unit")
         frame, changes = context.take()
         self._saved_cursor = self.cursor
         self._saved_at = time.monotonic()
         self._send_unit(
             Unit(self.consumer.name, self.cursor, sorted(self.ahead), self.plugin if changes else "", changes), frame
         )
+        failpoint("fence.after_unit")

@@ -9,6 +9,7 @@ from tapebus._scan import Topics
 from tapebus.blocks import BlockView
 from tapebus.codec import Fault
 from tapebus.events import DeadLetter
+from tapebus.failpoints import failpoint
 from tapebus.fence import CURSOR_INTERVAL
 from tapebus.store import Unit
 
@@ -48,7 +49,9 @@ class Judge:
         """Send the cursor with the dead letters it covers, at once when there are any, else now and then."""
         due = force or time.monotonic() - self._saved_at >= CURSOR_INTERVAL
         if self._dead or (self.unsaved and due):
+            failpoint("judge.before_unit")
             self._send_unit(Unit(NAME, self.cursor, dead=self._dead))
+            failpoint("judge.after_unit")
             self._dead = []
             self._saved_cursor = self.cursor
             self._saved_at = time.monotonic()

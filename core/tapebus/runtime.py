@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 import zmq
 
-from tapebus import plugins
+from tapebus import failpoints, plugins
 from tapebus._ingest import Ingest
 from tapebus._ring import Ring
 from tapebus._scan import Topics
@@ -26,6 +26,7 @@ from tapebus.control import Control
 from tapebus.dispatcher import Dispatcher
 from tapebus.errors import StoreError, TapebusError
 from tapebus.events import DeadLetter, Wire
+from tapebus.failpoints import failpoint
 from tapebus.feed import Feed, bind
 from tapebus.fence import Fence
 from tapebus.judge import NAME as JUDGE
@@ -72,8 +73,10 @@ class Runtime:
         self._started = True
 
     def _start(self) -> None:
+        failpoints.check()
         config = self.config
         config.prepare()
+        failpoint("start.prepared")
         self.manager = plugins.load(config.plugins.enabled, self._extra)
         registry = plugins.registry(self.manager, config.plugin)
         self.store = self.manager.hook.tapebus_open_store(
@@ -81,6 +84,7 @@ class Runtime:
         )
         if self.store is not None:
             self._closing.append(self.store.close)
+        failpoint("start.store_open")
         topics = Topics()
         last_seq = 0
         if self.store is not None:
@@ -96,10 +100,14 @@ class Runtime:
         self.ingest = Ingest(self.ring, secrets.randbits(63), self.store is not None, MAX_FRAME)
         self.ingest.samples = self._sample
         self._wire_threads(last_seq)
+        failpoint("start.wired")
         self._listen()
+        failpoint("start.listening")
         for name, context in self.wiring.contexts.items():
             plugins.call_one(self.manager, "tapebus_start", name, context=context)
+        failpoint("start.plugins_started")
         self._run_threads()
+        failpoint("start.running")
 
     def _carry_books_over(self) -> None:
         if self.store is None:
@@ -235,29 +243,37 @@ class Runtime:
         if not self._started:
             return
         self._started = False
+        failpoint("stop.asked")
         deadline = time.monotonic() + self.config.bus.drain_s
         for process in self.processes:
             process.stop()
         self.ingest.stop_reading_events()
+        failpoint("stop.reading_ended")
         if self._failure is None:
             self._wait(self._quiet, deadline)
+        failpoint("stop.drained")
         self.dispatcher.backlog.close()
         self.dispatcher.join(max(0.1, deadline - time.monotonic()))
         for consumer in self.threads:
             consumer.stop()
         for consumer in self.threads:
             consumer.join(max(0.1, deadline - time.monotonic()))
+        failpoint("stop.consumers_ended")
         self._wait(self._written, deadline)
+        failpoint("stop.written")
         self.ingest.stop()
         self._ingest_thread.join(2.0)
+        failpoint("stop.ingest_ended")
         self.ring.stop()
         self.tape.join(max(1.0, deadline - time.monotonic()))
+        failpoint("stop.tape_ended")
         for part in (self.feed, self.control):
             part.stop()
             part.join(2.0)
         for name, context in self.wiring.contexts.items():
             plugins.call_one(self.manager, "tapebus_stop", name, context=context)
         self._close_all()
+        failpoint("stop.closed")
 
     def _wait(self, condition: Any, deadline: float) -> None:
         pause = threading.Event()

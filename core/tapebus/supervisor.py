@@ -18,6 +18,7 @@ import msgspec
 from tapebus.config import Config
 from tapebus.consumer import Consumer
 from tapebus.events import DeadLetter
+from tapebus.failpoints import failpoint
 from tapebus.worker import Orders
 
 log = logging.getLogger("tapebus.supervisor")
@@ -73,10 +74,12 @@ class ProcessConsumer(threading.Thread):
             self.history = [*self.history[-19:], (time.time(), state)]
 
     def _one_life(self) -> str:
+        failpoint("supervisor.before_child")
         child = subprocess.Popen(
             [sys.executable, "-m", "tapebus.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
         )
         self._child = child
+        failpoint("supervisor.after_child")
         assert child.stdin is not None and child.stdout is not None
         with child.stdout, contextlib.suppress(BrokenPipeError):
             child.stdin.write(msgspec.json.encode(self._orders) + b"\n")
@@ -99,6 +102,7 @@ class ProcessConsumer(threading.Thread):
         return f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
 
     def _hear(self, line: bytes) -> None:
+        failpoint("supervisor.on_report")
         report: dict[str, Any] = msgspec.json.decode(line)
         if "dead" in report:
             self._bury(msgspec.convert(report["dead"], DeadLetter, strict=False))

@@ -13,6 +13,7 @@ from tapebus._ingest import Ingest
 from tapebus._ring import Ring
 from tapebus.errors import CorruptError, StoreError, StoreFull
 from tapebus.events import DeadLetter
+from tapebus.failpoints import failpoint
 from tapebus.store import Block, Commit, Store, Unit
 
 log = logging.getLogger("tapebus.tape")
@@ -87,16 +88,21 @@ class TapeWriter(threading.Thread):
         elif not self._dead and not self._purge:
             return False
         if self.store is not None:
+            failpoint("tape.packed")
             self._commit(block, units, changed)
+            failpoint("tape.after_commit")
             while self._purge:
                 self.store.purge_dead(self._purge.popleft())
+                failpoint("tape.after_purge")
         else:
             self._dead.clear()
         self.ring.acknowledge(changed)
+        failpoint("tape.after_ack")
         if block is not None:
             self.deliver(block)
             self.done_at = time.time()
             self.done_seq = block.last_seq
+            failpoint("tape.after_deliver")
         if time.monotonic() >= self._upkeep_at:
             self._upkeep()
         return True
@@ -141,8 +147,10 @@ class TapeWriter(threading.Thread):
         if time.monotonic() < self._upkeep_at:
             return
         more = False
+        failpoint("tape.before_upkeep")
         try:
             more = self.store is not None and self.store.maintain(time.time())
         except (StoreFull, CorruptError) as error:
             log.error("upkeep of the tape was put off: %s", error)
+        failpoint("tape.after_upkeep")
         self._upkeep_at = time.monotonic() + (UPKEEP_BUSY_S if more else UPKEEP_IDLE_S)

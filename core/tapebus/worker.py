@@ -26,6 +26,7 @@ from tapebus.config import Config
 from tapebus.consumer import Consumer
 from tapebus.errors import PluginError
 from tapebus.events import DeadLetter
+from tapebus.failpoints import failpoint
 from tapebus.fence import Fence, PluginContext
 from tapebus.publisher import Publisher
 from tapebus.store import Commit, Unit
@@ -88,13 +89,16 @@ class Outlet:
         unit.namespace = self._namespace
         unit.state = {**unit.state, **self._changes}
         self._changes = {}
+        failpoint("worker.before_commit")
         self._store.commit(Commit(units=[unit]))
+        failpoint("worker.after_commit")
         for raw in events:
             while not self.publisher.outbox.append(raw):
                 # the bus is away and the memory is full: wait, what was emitted is durable
                 self.publisher.flush(IDLE_S)
         if events:
             self.publisher.flush(0.0)
+        failpoint("worker.published")
 
 
 class Worker:
@@ -131,6 +135,7 @@ class Worker:
     def run(self) -> None:
         """Deliver until standard input ends."""
         plugins.call_one(self._manager, "tapebus_start", self._context.name, context=self._context)
+        failpoint("worker.started")
         self._progress()
         while not _told_to_stop():
             self.fence.tick(time.monotonic())
@@ -138,6 +143,7 @@ class Worker:
                 self.fence.close_unit()
                 next(self._tape.follow(self.fence.cursor, idle_timeout=IDLE_S), None)
             self._progress()
+        failpoint("worker.stopping")
         self.fence.close_unit(force=True)
         self._outlet.publisher.close(timeout=1.0)
         plugins.call_one(self._manager, "tapebus_stop", self._context.name, context=self._context)

@@ -10,6 +10,7 @@ import zstandard
 
 from tapebus.blocks import merge_payloads, merge_runs
 from tapebus.errors import CorruptError
+from tapebus.failpoints import failpoint
 from tapebus.store import Block
 from tapebus_store import books, layout
 from tapebus_store.environment import Environment
@@ -90,6 +91,7 @@ class Upkeep:
         tape.sealed_blocks += 1
         tape.sealed_to = merged.last_seq
         tape.runs += self._merge_range(txn, tape, merged.first_seq, merged.last_seq, 1)
+        failpoint("store.in_seal")
 
     def _oldest_hot(self, txn: lmdb.Transaction, tape: books.TapeRecord) -> tuple[list[Block], int]:
         """The oldest hot blocks, enough for one sealed block, and their size as stored.
@@ -134,6 +136,7 @@ class Upkeep:
         """Merge all runs of level 1 into one of level 2."""
         self._merge_range(txn, tape, tape.merged_to + 1, tape.sealed_to, 2)
         tape.merged_to, tape.runs = tape.sealed_to, 0
+        failpoint("store.in_merge")
 
     def _merge_range(self, txn: lmdb.Transaction, tape: books.TapeRecord, first: int, last: int, level: int) -> int:
         """Merge the runs that begin within `first`..`last`; returns how many are left of them (0 or 1)."""
@@ -194,6 +197,7 @@ class Upkeep:
             if cursor.first():
                 kept_from = layout.key_seq(cursor.key())
         self._drop_runs(txn, tape, kept_from)
+        failpoint("store.in_drop")
 
     @staticmethod
     def _forget(tape: books.TapeRecord, header: layout.Header, size: int) -> None:

@@ -15,6 +15,7 @@ import zstandard
 from msgspec.structs import replace
 
 from tapebus.errors import ConfigError, CorruptError, StoreError, StoreFull, TapebusError
+from tapebus.failpoints import failpoint
 from tapebus.store import Block, Commit, Unit
 from tapebus_store import books, layout
 from tapebus_store.environment import InstanceLock, MiB
@@ -101,6 +102,7 @@ class LmdbStore(LmdbReader):
             )
         self._upkeep = Upkeep(self._env, self._config)
         if version is None:
+            failpoint("store.created")
             self._durably(self._write_version)
 
     def _write_version(self, txn: lmdb.Transaction, tape: books.TapeRecord) -> None:
@@ -126,11 +128,13 @@ class LmdbStore(LmdbReader):
                     result = write(txn, tape, *arguments)
                     self._put(txn, "meta", books.TAPE_KEY, books.encode(tape))
             except lmdb.MapFullError as error:
+                failpoint("store.before_grow")
                 if not self._env.grow(self._config.max_bytes):
                     raise StoreFull(
                         f"{self._env.path}: the tape has reached plugins.store.max_bytes = "
                         f"{self._config.max_bytes}: raise it or keep less"
                     ) from error
+                failpoint("store.after_grow")
                 continue
             except TapebusError:
                 raise
@@ -210,6 +214,7 @@ class LmdbStore(LmdbReader):
             self._put(txn, "dead", key, books.encode(replace(letter, id=tape.last_dead, raw=letter.raw[: 64 * 1024])))
         if tape.dead > self._config.max_dead:
             self._drop_oldest_dead(txn, tape)
+        failpoint("store.in_commit")
 
     def _write_unit(self, txn: lmdb.Transaction, unit: Unit) -> None:
         self._put(txn, "cursors", unit.consumer.encode(), books.encode_cursor(unit))
