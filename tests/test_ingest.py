@@ -10,6 +10,7 @@ import msgspec
 import pytest
 import zmq
 
+from bus_support import wait_until
 from tapebus import wire
 from tapebus._ingest import Ingest
 from tapebus._ring import Ring
@@ -28,9 +29,9 @@ def event(n: int = 0, kind: str = "a") -> dict:
 class Bench:
     """An ingest thread with one PULL and one ROUTER socket; the test plays the tape thread."""
 
-    def __init__(self, **source):
+    def __init__(self, entries=1024, **source):
         self.zmq = zmq.Context()
-        self.ring = Ring(Topics(), 1024)
+        self.ring = Ring(Topics(), entries)
         self.legacy = self.ring.producer(b"legacy".ljust(16), 0, "legacy", sequenced=False)
         self.ingest = Ingest(self.ring, INSTANCE, True, max_frame=4096)
         self.samples: list[tuple[bytes, str]] = []
@@ -250,3 +251,114 @@ def test_goodbye_ends_a_session_and_the_bus_says_it_too(make):
     bench.hello()
     bench.ingest.stop()
     assert bench.reply() == (wire.BYE, bytes(8))
+
+
+def test_a_frame_of_another_epoch_than_the_one_introduced_is_unknown(make):
+    bench = make()
+    bench.hello()
+    bench.send(wire.BATCH, wire.S_BATCH.pack(1, 1, 0, 1), epoch=2)
+    kind, _, _, _, epoch = wire.HEAD.unpack_from(frame := bench.dealer.recv())
+    assert (kind, epoch, frame[wire.HEAD.size :]) == (wire.NACK, 2, wire.S_NACK.pack(0, wire.NACK_UNKNOWN))
+    bench.batch(1, 1)
+    bench.commit()
+    assert bench.ack()[0] == 1
+    assert list(bench.ring.identities) == [(b"legacy".ljust(16), 0), (ID, 1)], "no account is opened by a guess"
+
+
+@pytest.mark.parametrize("count", [4097, 0xFFFFFFFF])
+def test_a_batch_that_claims_more_events_than_a_frame_may_hold_is_refused_and_sampled(make, count):
+    bench = make()
+    bench.hello()
+    bench.batch(1, count, body=b"\xdd" + struct.pack(">I", count) + msgspec.msgpack.encode(event()))
+    assert bench.nack() == (1, wire.NACK_UNKNOWN)
+    [(_, why)] = bench.samples
+    assert "more events" in why and bench.ingest.malformed == 1
+    assert (bench.book.watermark, bench.book.rejected) == (0, {})
+    bench.batch(1, 2)
+    bench.commit()
+    assert bench.ack()[0] == 2
+
+
+def test_hello_with_epoch_0_is_refused_because_it_marks_the_accounts_of_the_bus(make):
+    bench = make()
+    bench.send(wire.HELLO, wire.S_HELLO.pack(0) + msgspec.msgpack.encode({"source": "me"}), epoch=0)
+    kind, _, _, _, epoch = wire.HEAD.unpack_from(frame := bench.dealer.recv())
+    assert (kind, epoch, frame[wire.HEAD.size :]) == (wire.NACK, 0, wire.S_NACK.pack(0, wire.NACK_UNKNOWN))
+    assert list(bench.ring.identities) == [(b"legacy".ljust(16), 0)]
+
+
+def test_a_full_ring_tells_producers_that_it_is_busy_and_takes_the_batch_afterwards(make):
+    bench = make(entries=4)
+    bench.hello()
+    for base in range(1, 5):
+        bench.batch(base, 1)
+
+    def next_nack():
+        while (reply := bench.reply())[0] == wire.ACK:
+            assert wire.S_ACK.unpack(reply[1])[0] == 0, "only the credit has changed"
+        assert reply[0] == wire.NACK
+        return wire.S_NACK.unpack(reply[1])
+
+    bench.batch(5, 1)
+    assert next_nack() == (5, wire.NACK_BUSY)
+    bench.send(wire.GAP, wire.S_GAP.pack(5, 9, 9, 1))
+    assert next_nack() == (5, wire.NACK_BUSY)
+    assert len(bench.raws(4)) == 4
+    wait_until(lambda: bench.ack()[0] == 4, "the acknowledgement of what was in the ring")
+    bench.batch(5, 1)
+    bench.commit()
+    wait_until(lambda: bench.ack()[0] == 5, "the acknowledgement of the repeated batch")
+    assert (bench.book.stored, bench.book.dropped) == (5, {})
+
+
+def test_while_the_tape_stands_still_unacknowledged_frames_are_shed_and_counted(make):
+    bench = make(entries=4)
+    for n in range(1, 5):
+        bench.push.send(msgspec.msgpack.encode(event(n)))
+    wait_until(lambda: bench.ring.fill[0] == 4, "the ring to fill")
+    for n in range(5, 9):
+        bench.push.send(msgspec.msgpack.encode(event(n)))
+    wait_until(lambda: bench.ingest.shed == 4, "four frames to be shed")
+    assert [msgspec.msgpack.decode(raw)["data"]["n"] for raw in bench.raws(4)] == [1, 2, 3, 4]
+    bench.push.send(msgspec.msgpack.encode(event(9)))
+    assert msgspec.msgpack.decode(bench.raws(1)[0])["data"]["n"] == 9, "once it moves again nothing is shed"
+    assert (bench.ingest.shed, bench.ingest.malformed, bench.ring.received_count) == (4, 0, 5)
+
+
+def test_a_connection_speaks_for_the_producer_it_introduced_last(make):
+    bench = make()
+    bench.hello()
+    bench.send(wire.HELLO, wire.S_HELLO.pack(0), epoch=2)
+    assert wire.HEAD.unpack_from(bench.dealer.recv())[4] == 2
+    bench.batch(1, 1)
+    assert bench.nack() == (0, wire.NACK_UNKNOWN)
+    body = b"\xdd\0\0\0\1" + msgspec.msgpack.encode(event())
+    bench.send(wire.BATCH, wire.S_BATCH.pack(1, 1, crc32c(body), 1) + body, epoch=2)
+    bench.commit()
+    kind, _, _, _, epoch = wire.HEAD.unpack_from(bench.dealer.recv())
+    assert (kind, epoch) == (wire.ACK, 2)
+
+
+def test_the_parts_before_the_last_one_may_be_many(make):
+    bench = make()
+    bench.push.send_multipart([b"x"] * 20_000 + [msgspec.msgpack.encode(event(1))])
+    bench.push.send(msgspec.msgpack.encode(event(2)))
+    assert [msgspec.msgpack.decode(raw)["data"]["n"] for raw in bench.raws(2)] == [1, 2]
+    bench.hello()
+    bench.dealer.send_multipart([wire.HEAD.pack(wire.PING, 0, wire.VERSION, ID, 1) + bytes(8)] * 20_000)
+    bench.send(wire.PING, wire.S_HELLO.pack(0))
+    assert bench.reply() == (wire.PONG, b"")
+    assert [why for _, why in bench.samples] == ["a message of several parts"]
+    assert bench.ingest.malformed == 1
+
+
+def test_a_connection_with_a_routing_id_of_its_own_is_counted_not_served(make):
+    bench = make()
+    with bench.zmq.socket(zmq.DEALER) as odd:
+        odd.linger = 0
+        odd.setsockopt(zmq.ROUTING_ID, b"me")
+        odd.connect(bench.dealer.LAST_ENDPOINT.decode())
+        odd.send(wire.HEAD.pack(wire.HELLO, 0, wire.VERSION, ID, 1) + bytes(8))
+        assert bench.sampled.wait(10)
+    assert [why for _, why in bench.samples] == ["the connection has a routing id of its own"]
+    assert len(bench.ring.identities) == 1

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 
 import msgspec
 import pytest
 
+from bus_support import wait_until
 from tapebus._ingest import Ingest
 from tapebus._ring import Ring
 from tapebus._scan import Topics
@@ -82,3 +84,40 @@ def test_a_stopped_ring_wakes_its_taker_and_is_empty():
     assert ring.wait() is False and ring.stopped
     with pytest.raises(ValueError, match="power of two"):
         Ring(Topics(), 3)
+
+
+def overfill(ring: Ring) -> None:
+    """Six frames through a ring of four entries: four of them stay in it."""
+    ingest = Ingest(ring, 1)
+    thread = threading.Thread(target=ingest.run, daemon=True)
+    thread.start()
+    for waiting in (2, 1, 0):
+        wait_until(lambda: ring.fill[0] == 4, "the ring to fill")
+        wait_until(lambda waiting=waiting: ingest.mail_waiting == waiting, "the mailbox to move up")
+        if waiting:
+            assert ring.pack(max_events=2) is not None
+    ingest.stop()
+    thread.join(10)
+
+
+def test_a_ring_that_goes_away_lets_go_of_what_it_still_held():
+    ring = Ring(Topics(), 4)
+    me = ring.producer(b"m" * 16, 0, "me", sequenced=False)
+    unit = object()
+    before = sys.getrefcount(unit)
+    for _ in range(6):
+        ring.inject(frame(1, 2), me, unit)
+    overfill(ring)
+    ring.inject(frame(1), me, unit)
+    assert ring.fill[0] == 4 and sys.getrefcount(unit) == before + 5
+    del ring
+    assert sys.getrefcount(unit) == before
+
+
+def test_a_time_in_words_may_be_any_time_until_it_is_decoded():
+    ring = Ring(Topics(), 4)
+    me = ring.producer(b"m" * 16, 0, "me", sequenced=False)
+    events = [{"event_type": "a", "timestamp": time, "data": {}} for time in (5, "2025-08-11T00:00:00")]
+    ring.inject(msgspec.msgpack.encode(events), me)
+    [(block, _, _)] = drain(ring, 1)
+    assert (block.min_time, block.max_time) == (float("-inf"), float("inf"))

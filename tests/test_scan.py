@@ -15,6 +15,7 @@ from tapebus._scan import (
     JSON_FLAG,
     NONFINITE_FLAG,
     UNTIMED_FLAG,
+    WIDE_FLAG,
     Topics,
     scan,
 )
@@ -32,7 +33,9 @@ VALUES = st.recursive(
 )
 EVENTS = st.fixed_dictionaries(
     {
-        "event_type": TEXT.filter(lambda name: 1 <= len(name.encode()) <= 100),
+        "event_type": st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=12).filter(
+            lambda name: 1 <= len(name.encode()) <= 100
+        ),
         "timestamp": st.floats(0, 1e11),
         "data": st.dictionaries(TEXT, VALUES, max_size=4),
     },
@@ -96,6 +99,7 @@ def test_a_damaged_frame_never_breaks_the_scan_and_a_good_one_is_never_refused(e
         assert (
             b"\\" in frame
             or not all(isinstance(name, str) and 1 <= len(name.encode()) <= 100 for name in names)
+            or any(ord(letter) < 32 or letter == "\x7f" for name in names for letter in name)
             or (not all(isinstance(key, str) for key in keys))
         ), found
 
@@ -161,3 +165,57 @@ def test_an_event_type_that_is_not_utf8_is_refused(name):
 
 def test_a_json_event_type_with_a_lone_surrogate_is_refused():
     assert "UTF-8" in scan(Topics(), rb'{"event_type":"a\ud800","timestamp":1,"source":"t","data":{}}')
+
+
+@pytest.mark.parametrize("letter", ["\0", "\n", "\x1b", "\x7f"])
+@pytest.mark.parametrize("encode", [msgspec.msgpack.encode, msgspec.json.encode])
+def test_an_event_type_with_a_control_character_is_refused(letter, encode):
+    assert "control" in scan(Topics(), encode({"event_type": f"a{letter}b", "timestamp": 1.0, "data": {}}))
+
+
+def test_escaped_keys_of_the_envelope_are_known():
+    plain = rb'{"event_type":"a","timestamp":2.5,"correlation_id":"c","priority":"low","data":{"px":1}}'
+    topics = Topics()
+    topics.register("a", ["px"])
+    [expected] = scan(topics, plain)
+    escaped = plain
+    for key in (b"event_type", b"timestamp", b"correlation_id", b"priority", b"data"):
+        escaped = escaped.replace(b'"%b"' % key, b'"\\u%04x%b"' % (key[0], key[1:]))
+    [found] = scan(topics, escaped)
+    assert expected["flags"] & ALIASED_FLAG
+    assert {**found, "size": 0} == {**expected, "size": 0}
+
+
+@pytest.mark.parametrize("encode", ["json", "msgpack"])
+def test_of_a_key_that_comes_twice_the_last_one_counts(encode):
+    def frame(*pairs):
+        if encode == "json":
+            return b"{" + b",".join(msgspec.json.encode(key) + b":" + msgspec.json.encode(v) for key, v in pairs) + b"}"
+        return bytes([0x80 | len(pairs)]) + b"".join(msgspec.msgpack.encode(part) for pair in pairs for part in pair)
+
+    first = [("event_type", "a"), ("timestamp", 1.0), ("correlation_id", "x"), ("priority", "high"), ("data", {})]
+    second = [("event_type", "b"), ("timestamp", "now"), ("correlation_id", None), ("priority", 7)]
+    [item] = scan(Topics(), frame(*first, *second))
+    assert (item["topic"], item["corr"], item["priority"]) == ("b", 0, 1) and item["flags"] & UNTIMED_FLAG
+    [item] = scan(Topics(), frame(*second, *first))
+    assert (item["topic"], item["time"], item["priority"]) == ("a", 1.0, 2) and not item["flags"] & UNTIMED_FLAG
+    assert "event_type" in scan(Topics(), frame(*first, ("event_type", 5)))
+
+
+@pytest.mark.parametrize("number", [2**64, -(2**63) - 1, 10**400, 99999999999999999999])
+def test_integers_that_64_bits_cannot_hold_are_marked(number):
+    [item] = scan(Topics(), encode_json({"event_type": "a", "timestamp": 1.0, "data": {"deep": [number]}}))
+    assert item["flags"] & WIDE_FLAG
+
+
+@pytest.mark.parametrize("number", [2**64 - 1, -(2**63), 1e300, 12345678901234567890.5])
+def test_numbers_that_64_bits_hold_are_not_marked(number):
+    [item] = scan(Topics(), encode_json({"event_type": "a", "timestamp": 1.0, "data": {"deep": [number]}}))
+    assert not item["flags"] & WIDE_FLAG
+
+
+@pytest.mark.parametrize("seconds", [0, 5, 200, 60_000, 4_000_000_000, 2**40, -1, -100, -1000, -(2**31), -(2**40)])
+def test_whole_seconds_of_every_width_are_times(seconds):
+    for encode in (msgspec.msgpack.encode, msgspec.json.encode):
+        [item] = scan(Topics(), encode({"event_type": "a", "timestamp": seconds, "data": {}}))
+        assert item["time"] == seconds and not item["flags"] & UNTIMED_FLAG

@@ -359,7 +359,7 @@ cdef class Ingest:
                 return
             # a topic part comes before the payload: the last part is the frame
             while msg_more(&message):
-                if msg_recv(&message, source.socket, 0) < 0:
+                if msg_recv(&message, source.socket, 0) < 0 and errno != EINTR:
                     msg_close(&message)
                     return
             entry = NULL if shedding else self.ring.claim(0)
@@ -491,12 +491,14 @@ cdef class Ingest:
         cdef int i
         cdef bint more
         cdef uint64_t route
+        cdef const char *odd
         for i in range(BURST):
             msg_init(&identity)
             if msg_recv(&identity, source.socket, DONTWAIT) < 0:
                 msg_close(&identity)
                 return
             route = 0
+            odd = b"the connection has a routing id of its own"
             if msg_size(&identity) == 5 and (<uint8_t *>msg_data(&identity))[0] == 0:
                 route = (<uint64_t>index << 32) | get32(<uint8_t *>msg_data(&identity) + 1)
             more = msg_more(&identity)
@@ -509,7 +511,11 @@ cdef class Ingest:
                     while msg_more(&message) and msg_recv(&message, source.socket, 0) >= 0:
                         pass
                     route = 0
-            if route and self.handle(route, &message):
+                    odd = b"a message of several parts"
+            if route == 0:
+                self.malformed += 1
+                self.sample(<uint8_t *>msg_data(&message), msg_size(&message), odd)
+            elif self.handle(route, &message):
                 continue      # the ring owns the message now
             msg_close(&message)
 
@@ -677,6 +683,9 @@ cdef class Ingest:
                 if self.sessions[i].producer == index:
                     session = &self.sessions[i]
                     break
+            if session == NULL:
+                # a connection speaks for one producer: the last one it introduced
+                session = self.session_at(route)
             if session == NULL:
                 if self.n_sessions >= MAX_SESSIONS:
                     self.nack(route, p, 0, NACK_BUSY)

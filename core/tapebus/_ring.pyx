@@ -7,6 +7,7 @@ embedded caller) hands frames in through a mailbox that the ingest thread emptie
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.ref cimport Py_INCREF, Py_XDECREF
+from libc.math cimport INFINITY
 from libc.stdint cimport int32_t
 from libc.stdlib cimport calloc, free, malloc, qsort
 from libc.string cimport memcpy, memset
@@ -73,6 +74,7 @@ cdef class Ring:
         cdef uint32_t i
         if self.entries != NULL:
             while self.tail < self.head:
+                Py_XDECREF(self.entries[self.tail & self.mask].unit)
                 self.release(&self.entries[self.tail & self.mask])
                 self.tail += 1
         while self.mail_first != NULL:
@@ -310,7 +312,7 @@ cdef class Ring:
         cdef int64_t j, before, waited
         cdef uint64_t topics = 0
         cdef double low = 0, high = 0, received = 0
-        cdef bint timed = False
+        cdef bint timed = False, untimed = False
         cdef int urgent = 0
         payload = PyBytes_FromStringAndSize(NULL, HEAD_SIZE + <size_t>COLUMNS_SIZE * count + size)
         corr = PyBytes_FromStringAndSize(NULL, <size_t>CORR_SIZE * n_corr)
@@ -348,6 +350,8 @@ cdef class Ring:
                         if not timed or item.time > high:
                             high = item.time
                         timed = True
+                    else:
+                        untimed = True
                     if item.corr:
                         run[c].hash = item.corr
                         run[c].offset = k
@@ -357,8 +361,9 @@ cdef class Ring:
             received = to.head.base_us / 1e6
         first_seq = self.next_seq
         self.next_seq += count
-        if not timed:
-            low = high = received
+        if untimed:
+            # a time in words is read by the typed decode only: until then it may be any
+            low, high = -INFINITY, INFINITY
         return Block(first_seq, count, low, high, received, before / 1e6, topics, payload, corr, urgent)
 
     def _settle(self, int64_t first, int64_t last):

@@ -10,6 +10,7 @@ cdef enum:
     NONFINITE = 4     # holds NaN or an infinity
     EXTENSION = 8     # holds a MessagePack extension other than a timestamp
     UNTIMED = 16      # the timestamp is not a plain number
+    WIDE = 32         # holds an integer that 64 bits cannot
 
     MAX_DEPTH = 32
     MAX_TOPICS = 4096

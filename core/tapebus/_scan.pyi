@@ -6,6 +6,7 @@ ALIASED_FLAG: int
 NONFINITE_FLAG: int
 EXTENSION_FLAG: int
 UNTIMED_FLAG: int
+WIDE_FLAG: int
 REASONS: dict[int, str]
 
 class Item(TypedDict):

@@ -32,13 +32,14 @@ cdef extern from *:
     uint64_t be64(const uint8_t *p) noexcept nogil
 
 JSON_FLAG, ALIASED_FLAG, NONFINITE_FLAG, EXTENSION_FLAG, UNTIMED_FLAG = JSON, ALIASED, NONFINITE, EXTENSION, UNTIMED
+WIDE_FLAG = WIDE
 
 REASONS = {
     ERR_EMPTY: "the frame is empty",
     ERR_SYNTAX: "neither JSON nor MessagePack",
     ERR_DEPTH: f"nested deeper than {MAX_DEPTH}",
     ERR_NOT_EVENT: "an event must be a map with string keys",
-    ERR_EVENT_TYPE: f"event_type is missing or not a string of 1 to {MAX_TOPIC_SIZE} bytes of UTF-8",
+    ERR_EVENT_TYPE: f"event_type is missing or not a string of 1 to {MAX_TOPIC_SIZE} bytes of UTF-8 without control characters",
     ERR_TOO_MANY: "more events than one frame may hold",
     ERR_MEMORY: "out of memory",
 }
@@ -199,6 +200,15 @@ cdef inline uint8_t priority_of(const uint8_t *p, size_t n) noexcept nogil:
     return 1
 
 
+cdef inline void set_time(item_t *item, bint known, double time) noexcept nogil:
+    if known:
+        item.time = time
+        item.flags &= <uint8_t>~UNTIMED
+    else:
+        item.time = 0
+        item.flags |= UNTIMED
+
+
 cdef inline void remember_key(scan_t *s, const uint8_t *p, size_t n) noexcept nogil:
     if s.n_keys < 64:
         s.keys[s.n_keys] = hash_bytes(p, n)
@@ -207,13 +217,15 @@ cdef inline void remember_key(scan_t *s, const uint8_t *p, size_t n) noexcept no
         s.flags |= ALIASED
 
 
-cdef bint is_utf8(const uint8_t *p, size_t n) noexcept nogil:
-    """Whether the bytes are UTF-8 in its shortest form without surrogates (RFC 3629)."""
+cdef bint is_name(const uint8_t *p, size_t n) noexcept nogil:
+    """Whether the bytes are UTF-8 in its shortest form (RFC 3629) without surrogates and control characters."""
     cdef size_t i = 0, more, k
     cdef uint32_t c
     while i < n:
         c = p[i]
         i += 1
+        if c < 0x20 or c == 0x7f:
+            return False
         if c < 0x80:
             continue
         if 0xc2 <= c <= 0xdf:
@@ -246,7 +258,7 @@ cdef int finish(Topics topics, scan_t *s, item_t *item, const uint8_t *name, siz
     item.topic = topics.find(name, name_size, False)
     if item.topic == 0:
         # a name is proved once, when it is new: what is stored must read back as it was written
-        if not is_utf8(name, name_size):
+        if not is_name(name, name_size):
             return ERR_EVENT_TYPE
         item.topic = topics.find(name, name_size, True)
     if topics.has_alias[item.topic]:
@@ -412,6 +424,16 @@ cdef bint mp_number(const uint8_t *p, double *out) noexcept nogil:
         out[0] = b
     elif b == 0xca:
         out[0] = load_be_float(p + 1)
+    elif b >= 0xe0:
+        out[0] = <signed char>b
+    elif b == 0xcc:
+        out[0] = p[1]
+    elif b == 0xcd:
+        out[0] = (p[1] << 8) | p[2]
+    elif b == 0xd0:
+        out[0] = <signed char>p[1]
+    elif b == 0xd1:
+        out[0] = <short>((p[1] << 8) | p[2])
     elif b == 0xce:
         out[0] = be32(p + 1)
     elif b == 0xcf:
@@ -431,7 +453,9 @@ cdef const uint8_t *mp_event(Topics topics, const uint8_t *p, const uint8_t *end
     cdef const uint8_t *key
     cdef const uint8_t *text
     cdef const uint8_t *name = NULL
-    cdef size_t size, text_size, name_size = 0
+    cdef size_t size, text_size = 0, name_size = 0
+    cdef double number = 0
+    cdef bint known
     cdef int what
     s.end = end
     s.flags = 0
@@ -456,17 +480,20 @@ cdef const uint8_t *mp_event(Topics topics, const uint8_t *p, const uint8_t *end
             key = p
             p = mp_skip(p, &s, 1)
             if p != NULL and what != K_OTHER:
+                # of a key that comes twice the last one counts, as in every decoder
+                text = NULL
                 if what == K_TIME:
-                    if mp_number(key, &item.time):
-                        item.flags &= <uint8_t>~UNTIMED
-                elif mp_str(key, end, &text, &text_size) != NULL:
-                    if what == K_TYPE:
-                        name = text
-                        name_size = text_size
-                    elif what == K_CORR and text_size:
-                        item.corr = hash_bytes(text, text_size)
-                    elif what == K_PRIORITY:
-                        item.priority = priority_of(text, text_size)
+                    known = mp_number(key, &number)
+                    set_time(item, known, number)
+                elif mp_str(key, end, &text, &text_size) == NULL:
+                    text_size = 0
+                if what == K_TYPE:
+                    name = text
+                    name_size = text_size
+                elif what == K_CORR:
+                    item.corr = hash_bytes(text, text_size) if text_size else 0
+                elif what == K_PRIORITY:
+                    item.priority = priority_of(text, text_size)
         if p == NULL:
             error[0] = s.error
             return NULL
@@ -501,9 +528,17 @@ cdef inline bint js_word(const uint8_t *p, const uint8_t *end, const char *word,
     return <size_t>(end - p) >= n and memcmp(p, word, n) == 0
 
 
+cdef bint is_wide(const uint8_t *digits, size_t n, bint negative) noexcept nogil:
+    """Whether an integer of these digits is beyond int64 and uint64."""
+    if negative:
+        return n > 19 or (n == 19 and memcmp(digits, b"9223372036854775808", 19) > 0)
+    return n > 20 or (n == 20 and memcmp(digits, b"18446744073709551615", 20) > 0)
+
+
 cdef const uint8_t *js_scalar(const uint8_t *p, scan_t *s) noexcept nogil:
     cdef uint8_t b = p[0]
     cdef const uint8_t *start = p
+    cdef const uint8_t *digits
     if b == 116 and js_word(p, s.end, b"true", 4):
         return p + 4
     if b == 102 and js_word(p, s.end, b"false", 5):
@@ -520,6 +555,15 @@ cdef const uint8_t *js_scalar(const uint8_t *p, scan_t *s) noexcept nogil:
     if b == 45 and js_word(p, s.end, b"-Infinity", 9):
         s.flags |= NONFINITE
         return p + 9
+    if b == 45:
+        p += 1
+    digits = p
+    while p < s.end and 48 <= p[0] <= 57:
+        p += 1
+    if p - digits > 18 and (p == s.end or (p[0] != 46 and p[0] != 101 and p[0] != 69)):
+        # decoders disagree about it: the bytes are kept, the event is a dead letter
+        if is_wide(digits, p - digits, b == 45):
+            s.flags |= WIDE
     while p < s.end and (48 <= p[0] <= 57 or p[0] == 45 or p[0] == 43 or p[0] == 46 or p[0] == 101 or p[0] == 69):
         p += 1
     return p if p > start else NULL
@@ -660,6 +704,8 @@ cdef const uint8_t *js_event(Topics topics, const uint8_t *p, const uint8_t *end
     cdef const uint8_t *key
     cdef const uint8_t *value
     cdef bint escaped
+    cdef double number = 0
+    cdef bint known
     cdef int what, size, name_size = 0
     s.end = end
     s.flags = JSON
@@ -684,7 +730,11 @@ cdef const uint8_t *js_event(Topics topics, const uint8_t *p, const uint8_t *end
         p = js_string(p, end, &escaped)
         if p == NULL:
             return NULL
-        what = envelope_key(key, p - key - 1)
+        if escaped:
+            size = js_unescape(key, p - 1, text, 1024)
+            what = envelope_key(text, size) if size > 0 else K_OTHER
+        else:
+            what = envelope_key(key, p - key - 1)
         p = js_space(p, end)
         if p >= end or p[0] != 58:
             return NULL
@@ -694,18 +744,18 @@ cdef const uint8_t *js_event(Topics topics, const uint8_t *p, const uint8_t *end
         if p == NULL:
             error[0] = s.error
             return NULL
+        # of a key that comes twice the last one counts, as in every decoder
         if what == K_TIME:
-            if js_number(value, p, &item.time):
-                item.flags &= <uint8_t>~UNTIMED
-        elif what != K_OTHER and what != K_DATA and value[0] == 34:
-            if what == K_TYPE:
-                name_size = js_unescape(value + 1, p - 1, name, MAX_TOPIC_SIZE + 4)
+            known = js_number(value, p, &number)
+            set_time(item, known, number)
+        elif what == K_TYPE:
+            name_size = js_unescape(value + 1, p - 1, name, MAX_TOPIC_SIZE + 4) if value[0] == 34 else 0
+        elif what == K_CORR or what == K_PRIORITY:
+            size = js_unescape(value + 1, p - 1, text, 1024) if value[0] == 34 else 0
+            if what == K_PRIORITY:
+                item.priority = priority_of(text, size if size > 0 else 0)
             else:
-                size = js_unescape(value + 1, p - 1, text, 1024)
-                if what == K_CORR and size > 0:
-                    item.corr = hash_bytes(text, size)
-                elif what == K_PRIORITY and size > 0:
-                    item.priority = priority_of(text, size)
+                item.corr = hash_bytes(text, size) if size > 0 else 0
         p = js_space(p, end)
         if p >= end:
             return NULL

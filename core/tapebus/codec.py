@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from tapebus._decode import SINGLE_RUN, gather, run_checks, stamp
-from tapebus._scan import EXTENSION_FLAG, JSON_FLAG, NONFINITE_FLAG, Topics
+from tapebus._scan import EXTENSION_FLAG, JSON_FLAG, NONFINITE_FLAG, WIDE_FLAG, Topics
 from tapebus.blocks import BlockView
 from tapebus.events import ENVELOPE_KEYS, Event, EventType, GenericEvent, Registry, Wire
 from tapebus.store import Block
@@ -104,6 +104,8 @@ class Codec:
                 raise _Refused("nonfinite", "holds NaN or an infinity")
             if flags & EXTENSION_FLAG:
                 raise _Refused("extension", "holds a MessagePack extension type")
+            if flags & WIDE_FLAG:
+                raise _Refused("wide", "holds an integer that 64 bits cannot")
             event = self.from_dict((self._json_any if flags & JSON_FLAG else self._pack_any).decode(raw))
         except _Refused as refused:
             faults.append(Fault(index, refused.reason, str(refused), None))
