@@ -75,6 +75,11 @@ cdef enum:
     MAX_REPLY = 128       # an acknowledgement with three refused ranges has 99 bytes
 
     STALL_US = 1000000    # a tape that stands still this long makes fire-and-forget frames be shed
+    SWEEP_US = 10000000   # how often sessions are looked through for silent ones
+    SILENT_US = 60000000  # a producer says something every 3 s; after this long it must introduce itself again
+    LIVE_US = 15000000    # and counts as connected for this long
+    CREDIT_BYTES = 4 << 20
+    LEAST_CREDIT = 64 << 10
 
 _library = ctypes.CDLL(_zmq.__file__)
 
@@ -152,6 +157,7 @@ cdef class Ingest:
         int64_t store_full
         int64_t tail_seen
         int64_t tail_seen_us
+        int64_t swept_us
         uint32_t max_frame
         uint32_t max_events
         uint64_t instance
@@ -277,6 +283,7 @@ cdef class Ingest:
                         else:
                             self.read_frames(&self.sources[i - 1])
                 self.send_acks()
+                self.forget_silent_sessions()
             self.empty_mailbox()
             self.send_acks()
             self.say_goodbye()
@@ -364,7 +371,7 @@ cdef class Ingest:
                     return
             entry = NULL if shedding else self.ring.claim(0)
             if entry == NULL:
-                self.shed += 1
+                self.count_shed(source, &message)
                 msg_close(&message)
                 continue
             entry.producer = source.producer
@@ -392,6 +399,22 @@ cdef class Ingest:
                 self.malformed += 1
                 self.sample_scan(entry.data, entry.size, n)
                 self.ring.release(entry)
+
+    cdef void count_shed(self, source_t *source, msg_t *message) noexcept nogil:
+        """Count the events of a frame there is no room for, as they would have been counted with room."""
+        cdef size_t size = msg_size(message)
+        cdef uint8_t *data = <uint8_t *>msg_data(message)
+        cdef int n
+        if size > self.max_frame:
+            self.oversize += 1
+            return
+        n = scan_frame(self.ring.topics, data, size, &self.items, self.max_events)
+        if n > 0:
+            self.shed += n
+        elif source.wrap:
+            self.shed += 1
+        else:
+            self.malformed += 1
 
     cdef bint wrap(self, source_t *source, entry_t *entry) noexcept nogil:
         """Make an event of a bare payload; a payload that is an event already is left alone."""
@@ -566,6 +589,20 @@ cdef class Ingest:
             self.nack(route, p, account.accepted + 1, NACK_UNKNOWN)
         return False
 
+    cdef void forget_silent_sessions(self) noexcept nogil:
+        """Drop sessions nobody speaks in any more; a producer that does after all is told to say HELLO."""
+        cdef int64_t now = monotonic_us()
+        cdef int i = 0
+        if now - self.swept_us < SWEEP_US:
+            return
+        self.swept_us = now
+        while i < self.n_sessions:
+            if now - self.sessions[i].seen_us > SILENT_US:
+                self.n_sessions -= 1
+                self.sessions[i] = self.sessions[self.n_sessions]
+            else:
+                i += 1
+
     cdef void raise_highest(self, producer_t *account, uint64_t highest) noexcept nogil:
         if <int64_t>highest > tb_load(&account.highest):
             tb_store(&account.highest, <int64_t>highest)
@@ -608,7 +645,6 @@ cdef class Ingest:
             entry.kind = REJECT
             entry.code = MALFORMED
             entry.count = count - skip
-            self.malformed += 1
             self.sample_scan(p + BATCH_HEAD, size - BATCH_HEAD, n)
             with gil:
                 self._refuse(session.producer, account.accepted + 1, base + count - 1, MALFORMED)
@@ -716,10 +752,11 @@ cdef class Ingest:
             events[0] = size[0] = 0
         elif self.ring.has_room(self.ring.max_bytes // 2):
             events[0] = 16384
-            size[0] = 4 << 20
+            # what all of them may have on the way together is no more than the ring holds
+            size[0] = <uint32_t>max(<int64_t>LEAST_CREDIT, min(<int64_t>CREDIT_BYTES, self.ring.max_bytes // max(1, self.n_sessions)))
         else:
             events[0] = 1024
-            size[0] = 256 << 10
+            size[0] = <uint32_t>min(256 << 10, max(<int64_t>LEAST_CREDIT, self.ring.max_bytes // max(1, self.n_sessions)))
 
     cdef void reply(self, uint64_t route, const uint8_t *head, uint8_t kind, const uint8_t *body, size_t size) noexcept nogil:
         cdef uint8_t frame[MAX_REPLY]
@@ -805,6 +842,12 @@ cdef class Ingest:
             self.head_of(&self.sessions[i], head)
             durable = tb_load(&self.ring.producers[self.sessions[i].producer].durable)
             self.reply(self.sessions[i].route, head, W_BYE, <uint8_t *>&durable, 8)
+
+    def connected(self):
+        """Indexes of the producers that have said something lately; for figures, a moment old."""
+        cdef int64_t now = monotonic_us()
+        cdef int i
+        return {self.sessions[i].producer for i in range(self.n_sessions) if now - self.sessions[i].seen_us < LIVE_US}
 
     @property
     def sessions_count(self):

@@ -116,3 +116,4 @@ cdef class Ring:
     cdef bint has_room(self, size_t size) noexcept nogil
     cdef mail_t *take_mail(self) noexcept nogil
     cdef void release(self, entry_t *entry) noexcept nogil
+    cdef _note_gap(self, entry_t *entry)

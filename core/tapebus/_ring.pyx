@@ -16,7 +16,7 @@ from posix.unistd cimport close, read, write
 from tapebus._blocks cimport COLUMNS_SIZE, CORR_SIZE, HEAD_SIZE, columns_at, columns_t, compare_corr, corr_t
 from tapebus._scan cimport MAX_TOPICS, UNTIMED
 
-from tapebus.store import Block, ProducerBook
+from tapebus.store import Block, Gap, ProducerBook
 from tapebus.wire import PLACES, REASONS
 
 cdef extern from "<sys/eventfd.h>" nogil:
@@ -196,13 +196,19 @@ cdef class Ring:
     def account(self, uint32_t index):
         """A snapshot of one account as a `ProducerBook`."""
         cdef producer_t *p = self.producers[index]
+        cdef uint64_t watermark, stored
         book = self.books[index]
+        # the tape thread may be in the middle of it: what does not add up is looked at again
+        for _ in range(1000):
+            watermark, stored = p.watermark, p.stored
+            rejected = {name: p.rejected[code] for code, name in REASONS.items() if p.rejected[code]}
+            dropped = {name: p.dropped[code] for code, name in PLACES.items() if p.dropped[code]}
+            if stored + sum(rejected.values()) + sum(dropped.values()) == watermark == p.watermark:
+                break
         return ProducerBook(
-            book.producer_id, book.epoch, book.source, p.watermark, p.stored,
-            max(<uint64_t>tb_load(&p.highest), p.watermark),
-            {name: p.rejected[code] for code, name in REASONS.items() if p.rejected[code]},
-            {name: p.dropped[code] for code, name in PLACES.items() if p.dropped[code]},
-            book.seen_at,
+            book.producer_id, book.epoch, book.source, watermark, stored,
+            max(<uint64_t>tb_load(&p.highest), watermark),
+            rejected, dropped, book.seen_at, list(book.gaps), book.last_bus_seq,
         )
 
     def is_sequenced(self, uint32_t index):
@@ -371,17 +377,22 @@ cdef class Ring:
         cdef entry_t *entry
         cdef producer_t *account
         cdef int64_t j, size = 0
+        cdef double received
         changed = []
+        received = self.entries[(last - 1) & self.mask].received_us / 1e6
         with nogil:
             for j in range(first, last):
                 entry = &self.entries[j & self.mask]
                 account = self.producers[entry.producer]
                 if entry.kind == FRAME:
                     account.stored += entry.n
-                elif entry.kind == GAP:
-                    account.dropped[entry.code] += entry.count
                 else:
-                    account.rejected[entry.code] += entry.count
+                    if entry.kind == GAP:
+                        account.dropped[entry.code] += entry.count
+                    else:
+                        account.rejected[entry.code] += entry.count
+                    with gil:
+                        self._note_gap(entry)
                 if account.sequenced:
                     account.watermark = entry.producer_seq
                 else:
@@ -396,7 +407,15 @@ cdef class Ring:
             tb_store(&self.tail, last)
         for index in changed:
             self.producers[<uint32_t>index].dirty = 0
+            self.books[index].last_bus_seq = self.next_seq - 1
+            self.books[index].seen_at = received
         return changed
+
+    cdef _note_gap(self, entry_t *entry):
+        names = PLACES if entry.kind == GAP else REASONS
+        last = entry.producer_seq
+        gap = Gap(last - entry.count + 1, last, names[entry.code], entry.received_us / 1e6)
+        self.books[entry.producer].note_gap(gap)
 
     def acknowledge(self, list producers):
         """Declare everything packed so far of `producers` durable; the ingest thread then acknowledges."""

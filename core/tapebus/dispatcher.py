@@ -21,6 +21,8 @@ from tapebus.store import Block, StoreReader
 #: Bytes of undispatched blocks kept in memory; beyond it dispatch continues from the tape.
 BACKLOG_BYTES = 32 << 20
 LAG_BLOCKS_PER_TURN = 1
+#: Bytes that count as one event in the capacity of a queue of decoded events.
+EVENT_BYTES = 512
 
 
 class Slice:
@@ -34,7 +36,9 @@ class Slice:
         self.start = start
         self.first_seq = view.first_seq + start
         self.last_seq = last_seq
-        self.weight = len(events)
+        # large events count for several, or a queue of them would hold any amount of memory
+        size = len(view.payload) * len(events) // max(1, view.count)
+        self.weight = max(len(events), size // EVENT_BYTES)
         self.urgent = urgent
 
 

@@ -16,7 +16,7 @@ from tapebus.errors import TapebusError
 from tapebus.failpoints import failpoint
 
 #: Events waiting for the feed thread; beyond it the oldest are dropped, which a subscriber sees by ``bus_seq``.
-CAPACITY = 262_144
+CAPACITY = 65_536
 
 
 class Feed(threading.Thread):

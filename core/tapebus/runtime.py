@@ -39,7 +39,10 @@ from tapebus.wire import MAX_FRAME
 from tapebus.wiring import Wiring, identity
 
 log = logging.getLogger("tapebus")
-INGEST_HWM = 10_000
+#: Messages libzmq may hold per connection before the ring takes them: a high-water mark counts messages, not
+#: bytes, and a message may have `MAX_FRAME` of them.
+RECEIVE_HWM = 256
+SEND_HWM = 1000
 UNSEQUENCED = "ingest"
 #: Seconds that closing sockets, plugins and store may take beyond the drain before the process ends anyway.
 STOP_GRACE_S = 5.0
@@ -183,8 +186,8 @@ class Runtime:
         socket: zmq.Socket[bytes] = self._zmq.socket(kind)
         self._closing.append(lambda: socket.close(0))
         socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.RCVHWM, INGEST_HWM)
-        socket.setsockopt(zmq.SNDHWM, INGEST_HWM)
+        socket.setsockopt(zmq.RCVHWM, RECEIVE_HWM)
+        socket.setsockopt(zmq.SNDHWM, SEND_HWM)
         socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME + 64)
         socket.setsockopt(zmq.HANDSHAKE_IVL, 3000)
         if kind == zmq.ROUTER:

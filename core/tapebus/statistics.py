@@ -8,7 +8,9 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from tapebus import plugins
+import msgspec
+
+from tapebus import books, plugins
 from tapebus.wiring import figures
 
 if TYPE_CHECKING:
@@ -49,10 +51,10 @@ class Statistics:
         """Counts without a producer's account, kept on the tape across restarts."""
         runtime = self._runtime
         now = {
-            "rejected.ingest.malformed": runtime.ingest.malformed,
-            "rejected.ingest.oversize": runtime.ingest.oversize,
-            "dropped.legacy.shed": runtime.ingest.shed,
-            **{f"dead.{reason}": n for reason, n in runtime.dispatcher.judge.faults.items()},
+            books.REJECTED + "ingest.malformed": runtime.ingest.malformed,
+            books.REJECTED + "ingest.oversize": runtime.ingest.oversize,
+            books.DROPPED + "legacy.shed": runtime.ingest.shed,
+            **{books.DEAD + reason: n for reason, n in runtime.dispatcher.judge.faults.items()},
         }
         total = dict(self._base)
         for key, count in now.items():
@@ -60,33 +62,25 @@ class Statistics:
                 total[key] = self._base.get(key, 0) + count
         return total
 
+    def accounts(self) -> list[books.Account]:
+        """The books of this moment: one line a producer, and one for what unnumbered senders had refused."""
+        ring = self._runtime.ring
+        connected = self._runtime.ingest.connected()
+        found = [books.account(ring.account(i), i in connected) for i in range(ring.n_producers)]
+        used = [each for each in found if each.sequenced or each.highest_seq]
+        return [*used, books.unsequenced(self.durable_counters())]
+
     def stats(self) -> dict[str, Any]:
         runtime = self._runtime
-        ring = runtime.ring
-        accounts = [(ring.account(i), ring.is_sequenced(i)) for i in range(ring.n_producers)]
+        accounts = self.accounts()
         counters = self.durable_counters()
-        rejected = _part(counters, "rejected.")
-        dropped = _part(counters, "dropped.")
-        producers = []
-        for book, sequenced in accounts:
-            if not sequenced and not book.watermark:
-                continue
-            _add(rejected, {k: v for k, v in book.rejected.items() if k != "ingest.malformed"})
-            _add(dropped, book.dropped)
-            accounted = book.stored + sum(book.rejected.values()) + sum(book.dropped.values())
-            producers.append(
-                {
-                    "producer_id": _readable(book.producer_id),
-                    "source": book.source,
-                    "highest_seq": book.highest_seq,
-                    "stored": book.stored,
-                    "rejected": sum(book.rejected.values()),
-                    "dropped": sum(book.dropped.values()),
-                    "in_flight": max(0, book.highest_seq - book.watermark),
-                    "unexplained": book.watermark - accounted,
-                    "sequenced": sequenced,
-                }
-            )
+        rejected: dict[str, int] = {}
+        dropped: dict[str, int] = {}
+        for each in accounts:
+            _add(rejected, each.rejected)
+            _add(dropped, each.dropped)
+        # what is on the tape is read a moment apart from the accounts, so `stray` is for the tape alone to tell
+        total = books.summary(accounts, sum(each.stored for each in accounts))
         last_seq = runtime.tape.done_seq
         return {
             "bus": {
@@ -96,13 +90,15 @@ class Statistics:
                 "stored": last_seq,
                 "rejected": rejected,
                 "dropped": dropped,
-                "dead_letters": _part(counters, "dead."),
-                "unexplained": sum(each["unexplained"] for each in producers),
+                "dead_letters": books.part(counters, books.DEAD),
+                "dead_letters_lost": runtime.tape.dead_lost,
+                "unexplained": total.unexplained,
                 "rss_bytes": resident_bytes(),
                 "acks_mean": "on disk" if runtime.store is not None else "dispatched",
                 "state": "store full" if runtime.tape.full else "running",
             },
-            "producers": producers,
+            "producers": [_row(each) for each in accounts if each.producer_id != books.UNSEQUENCED],
+            "books": {**msgspec.structs.asdict(total), "line": total.line()},
             "consumers": self._consumers(),
             "plugins": self._plugins(),
             "feed": {"sent": runtime.feed.sent, "lost": runtime.feed.backlog.lost + runtime.feed.unsent},
@@ -229,16 +225,15 @@ def _safely(hook: str, manager: Any, name: str, context: Any) -> dict[str, Any] 
         return {"status": "error", "message": f"{hook} failed: {type(error).__name__}: {error}"}
 
 
-def _part(counters: dict[str, int], prefix: str) -> dict[str, int]:
-    return {key.removeprefix(prefix): count for key, count in counters.items() if key.startswith(prefix)}
+def _row(account: books.Account) -> dict[str, Any]:
+    return {
+        **msgspec.structs.asdict(account),
+        "rejected": sum(account.rejected.values()),
+        "dropped": sum(account.dropped.values()),
+        "gaps": len(account.gaps),
+    }
 
 
 def _add(total: dict[str, int], more: dict[str, int]) -> None:
     for key, count in more.items():
         total[key] = total.get(key, 0) + count
-
-
-def _readable(producer_id: bytes) -> str:
-    text = producer_id.rstrip(b"\0")
-    named = text in (b"bus", b"ingest") or text.startswith((b"plugin:", b"source:"))
-    return text.decode() if named else producer_id.hex()

@@ -14,6 +14,9 @@ from msgspec import Struct
 
 from tapebus.events import DeadLetter
 
+#: Ranges of lost numbers that one account names.
+MAX_GAPS = 64
+
 
 class Block(Struct, gc=False):
     """Consecutive events in the raw bytes they arrived in, packed by ``tapebus.blocks``.
@@ -45,11 +48,28 @@ class Block(Struct, gc=False):
         return len(self.payload) + len(self.corr)
 
 
+class Gap(Struct, array_like=True):
+    """Numbers of one producer that are not on the tape: from ``first`` to ``last``, lost or refused at ``place``.
+
+    ``at`` is when the bus was told, in Unix seconds.
+    """
+
+    first: int
+    last: int
+    place: str
+    at: float = 0.0
+
+    def __len__(self) -> int:
+        return self.last - self.first + 1
+
+
 class ProducerBook(Struct):
     """The durable account of one producer, ``(producer_id, epoch)``; every figure counts events.
 
     ``highest_seq = watermark + in flight`` and ``watermark = stored + rejected + dropped``, where
-    ``watermark`` is the last sequence number accounted for: what a resend is compared with.
+    ``watermark`` is the last sequence number accounted for: what a resend is compared with. ``gaps`` names
+    the newest `MAX_GAPS` ranges of what was lost or refused; the sums above count all of them. ``last_bus_seq``
+    is where the tape ended when the account last changed, ``seen_at`` when that was.
     """
 
     producer_id: bytes
@@ -61,6 +81,16 @@ class ProducerBook(Struct):
     rejected: dict[str, int] = {}
     dropped: dict[str, int] = {}
     seen_at: float = 0.0
+    gaps: list[Gap] = []
+    last_bus_seq: int = 0
+
+    def note_gap(self, gap: Gap) -> None:
+        """Add a range at the end; one that continues the last makes it longer."""
+        newest = self.gaps[-1] if self.gaps else None
+        if newest is not None and newest.place == gap.place and newest.last + 1 == gap.first:
+            self.gaps[-1] = Gap(newest.first, gap.last, gap.place, gap.at)
+        else:
+            self.gaps = [*self.gaps[1 - MAX_GAPS :], gap]
 
 
 class Unit(Struct):
@@ -114,6 +144,9 @@ class StoreReader(Protocol):
         """Blocks with the offsets of events that probably carry this correlation id (a hash match)."""
 
     def producers(self) -> list[ProducerBook]: ...
+    def books(self) -> tuple[int, list[ProducerBook], dict[str, int]]:
+        """`last_seq`, `producers` and `counters` of one moment."""
+
     def cursors(self) -> dict[str, Unit]: ...
     def state(self, namespace: str) -> dict[str, bytes]: ...
     def dead(self, after: int = 0, limit: int | None = None) -> Iterator[DeadLetter]: ...

@@ -6,11 +6,14 @@ import ctypes
 import os
 import select
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from tapebus import books
+from tapebus.blocks import BlockView
 from tapebus.codec import Codec
 from tapebus.consumer import covers
 from tapebus.errors import StoreError
@@ -83,6 +86,29 @@ class Tape:
     def stats(self) -> dict[str, Any]:
         """Figures about the tape, sizes in bytes."""
         return self._reader.stats()
+
+    def accounts(self) -> tuple[list[books.Account], int]:
+        """The books as of the last commit, and the newest ``bus_seq`` of the same moment."""
+        last_seq, found, counters = self._reader.books()
+        accounts = [books.account(each) for each in found if each.epoch or each.watermark]
+        return [*accounts, books.unsequenced(counters)], last_seq
+
+    def count_by_source(self, last_seq: int, progress: Callable[[int], None] = lambda seq: None) -> dict[str, int]:
+        """How many events up to `last_seq` name each source, every one read from the tape.
+
+        `progress` is told the last ``bus_seq`` counted. Raises `CorruptError` where stored bytes are damaged.
+        """
+        counted = 0
+
+        def raw_events(block: Block) -> Iterator[bytes]:
+            nonlocal counted
+            view = BlockView(block.payload, block.first_seq)
+            # blocks may be merged while we read: what was counted must not count again
+            first, counted = max(block.first_seq, counted + 1), min(block.last_seq, last_seq)
+            return (view.raw(seq) for seq in range(first, counted + 1))
+
+        blocks = takewhile(lambda block: block.first_seq <= last_seq, self._reader.blocks())
+        return books.counted_by_source(blocks, raw_events, progress)
 
     def dead_letters(self, after: int = 0, limit: int | None = None) -> Iterator[DeadLetter]:
         """Dead letters with an id above `after`, oldest first."""

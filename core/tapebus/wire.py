@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import struct
 
+from tapebus import places
+
 VERSION = 1
 HEAD = struct.Struct("<BBH16sQ")  # 28 bytes
 
@@ -45,16 +47,10 @@ S_NACK = struct.Struct("<QB")
 #: NACK codes
 NACK_SEQUENCE, NACK_BUSY, NACK_UNKNOWN, NACK_CRC = 1, 2, 3, 4
 
-#: Where a client may have lost an event; the closed list of places, by wire code.
-PLACES = {1: "client.encode", 2: "client.ring_full", 3: "client.spool_full", 4: "client.exit_abandoned"}
-#: Why the bus refused an event; the closed list of reasons, by wire code.
-REASONS = {
-    1: "ingest.malformed",
-    2: "ingest.oversize",
-    3: "ingest.schema",
-    4: "ingest.topic_denied",
-    5: "ingest.rate",
-}
+#: Where a client may have lost an event, by wire code; `tapebus.places` says what the names mean.
+PLACES = {each.code: each.name for each in places.CLIENT}
+#: Why the bus refused an event, by wire code.
+REASONS = {each.code: each.name for each in places.INGEST}
 
 MAX_FRAME = 256 * 1024
 MAX_BATCH_EVENTS = 4096

@@ -56,8 +56,12 @@ class LmdbReader:
 
     def _entries(self, database: str, prefix: bytes = b"") -> list[tuple[bytes, bytes]]:
         """All entries of a small database whose key starts with `prefix`, verified."""
+        with self._env.reading() as txn:
+            return self._entries_in(txn, database, prefix)
+
+    def _entries_in(self, txn: lmdb.Transaction, database: str, prefix: bytes = b"") -> list[tuple[bytes, bytes]]:
         found: list[tuple[bytes, bytes]] = []
-        with self._env.reading() as txn, txn.cursor(self._env.dbs[database]) as cursor:
+        with txn.cursor(self._env.dbs[database]) as cursor:
             if not cursor.set_range(prefix):
                 return found
             for key, value in cursor:
@@ -69,7 +73,10 @@ class LmdbReader:
 
     def _tape(self) -> books.TapeRecord:
         with self._env.reading() as txn:
-            value = self._get(txn, "meta", books.TAPE_KEY)
+            return self._tape_in(txn)
+
+    def _tape_in(self, txn: lmdb.Transaction) -> books.TapeRecord:
+        value = self._get(txn, "meta", books.TAPE_KEY)
         return books.TapeRecord() if value is None else books.decode_tape(value)
 
     def last_seq(self) -> int:
@@ -227,6 +234,19 @@ class LmdbReader:
     def producers(self) -> list[ProducerBook]:
         """The account of every producer ever seen."""
         return [books.decode_producer(value) for _, value in self._entries("producers")]
+
+    def books(self) -> tuple[int, list[ProducerBook], dict[str, int]]:
+        """The newest ``bus_seq``, the accounts and the counters, all of one moment."""
+        with self._env.reading() as txn:
+            last_seq = self._tape_in(txn).last_seq
+            accounts = self._entries_in(txn, "producers")
+            counters = self._entries_in(txn, "meta", books.COUNTER_PREFIX)
+        skip = len(books.COUNTER_PREFIX)
+        return (
+            last_seq,
+            [books.decode_producer(value) for _, value in accounts],
+            {key[skip:].decode(): int(value) for key, value in counters},
+        )
 
     def cursors(self) -> dict[str, Unit]:
         """The last closed unit of each consumer, without its state."""

@@ -15,7 +15,7 @@ import msgspec
 
 from tapebus.cli.common import json_option, open_tape, with_config
 from tapebus.config import Config
-from tapebus.errors import BusNotRunning, TapebusError
+from tapebus.errors import BusNotRunning, TapebusError, UsageError
 
 
 class Finding(NamedTuple):
@@ -33,13 +33,22 @@ _ROOM = 1 << 30
 
 
 @click.command()
+@click.option("--books", is_flag=True, help="Account for every event instead: stored, rejected, dropped or in flight.")
+@click.option("--deep", is_flag=True, help="With --books: also count the whole tape, event by event.")
 @json_option
 @with_config
-def check(config: Config, as_json: bool) -> int:
+def check(config: Config, books: bool, deep: bool, as_json: bool) -> int:
     """Check configuration, ports, permissions, the store and the versions; the bus may run or not.
 
-    Exits 78 for the configuration, 74 for the store, 1 for anything else that would stop the bus.
+    Exits 78 for the configuration, 74 for the store, 1 for anything else that would stop the bus, and with
+    --books 1 when events are unexplained.
     """
+    if deep and not books:
+        raise UsageError("--deep belongs to --books: tapebus check --books --deep")
+    if books:
+        from tapebus.cli.books import show
+
+        return show(config, as_json, deep)
     running = _running(config)
     findings = [Finding("configuration", "ok", f"data in {config.data_dir}")]
     for part in (_plugins(config), _directories(config), _ports(config, running), _store(config), _versions()):

@@ -129,7 +129,7 @@ def event_line(event: Any) -> str:
     found = to_dict(event)
     data = " ".join(f"{key}={_short(value)}" for key, value in found["data"].items())
     head = f"{event.bus_seq:>9} {clock(event.timestamp)} {found['event_type']:<18} {found['source'][:14]:<14} "
-    return cut(head + _visible(data), WIDTH)
+    return cut(head + visible(data), WIDTH)
 
 
 def clock(at: float) -> str:
@@ -143,8 +143,8 @@ def _short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) and abs(value) < 1e-3 else str(value)
 
 
-def _visible(text: str) -> str:
-    # Text from events must not steer the terminal.
+def visible(text: str) -> str:
+    """`text` without what would steer the terminal."""
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
@@ -158,7 +158,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, empty: str =
     if not found:
         click.echo(empty)
         return
-    texts = [[_visible(f"{cell:,}" if isinstance(cell, int) else str(cell)) for cell in row] for row in found]
+    texts = [[visible(f"{cell:,}" if isinstance(cell, int) else str(cell)) for cell in row] for row in found]
     right = [all(isinstance(row[i], int | float) for row in found) for i in range(len(columns))]
     widths = [max(len(columns[i]), *(len(row[i]) for row in texts)) for i in range(len(columns))]
     while sum(widths) + 2 * (len(widths) - 1) > WIDTH:

@@ -1,0 +1,158 @@
+"""``tapebus check --books``: whether every event that was given a number is accounted for."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import click
+import msgspec
+
+from tapebus import books
+from tapebus.cli.common import amount, clock, open_tape, table
+from tapebus.config import Config
+from tapebus.errors import BusNotRunning, StoreError, TapebusError
+
+#: Ranges of lost numbers shown to people; JSON has all that are kept.
+SHOWN_GAPS = 20
+
+
+def show(config: Config, as_json: bool, deep: bool) -> int:
+    """Print the books of the tape, and of the bus where one runs; 1 when they do not close."""
+    live = _live(config)
+    with open_tape(config) as tape:
+        accounts, last_seq = tape.accounts()
+        total = books.summary(accounts, last_seq)
+        counted = _count(tape, last_seq) if deep else None
+        # what retention has removed cannot be counted any more
+        removed = tape.first_seq - 1 if deep else 0
+    missing = last_seq - removed - sum(counted.values()) if counted is not None else 0
+    report = {
+        "bus": live,
+        "tape": {**msgspec.structs.asdict(total), "last_seq": last_seq, "closed": total.closed},
+        "producers": [msgspec.to_builtins(each) | {"gaps": _gaps(each)} for each in accounts],
+    }
+    if counted is not None:
+        report["counted"] = {"removed": removed, "missing": missing, "by_source": _by_source(accounts, counted)}
+    if as_json:
+        click.echo(msgspec.json.encode(report))
+    else:
+        _print(report, accounts, total)
+    return 0 if total.closed and not missing and not (live and live["unexplained"]) else 1
+
+
+def _live(config: Config) -> dict[str, Any] | None:
+    from tapebus.control import request
+
+    try:
+        found: dict[str, Any] = request(config, {"cmd": "stats"})["books"]
+        return found
+    except BusNotRunning:
+        return None
+    except (TapebusError, KeyError) as error:
+        raise StoreError(f"a bus runs on {config.data_dir} but does not tell its books: {error}") from None
+
+
+def _count(tape: Any, last_seq: int) -> dict[str, int]:
+    with _progress(last_seq) as progress:
+        found: dict[str, int] = tape.count_by_source(last_seq, progress)
+        return found
+
+
+@contextlib.contextmanager
+def _progress(last_seq: int) -> Iterator[Callable[[int], None]]:
+    if not sys.stderr.isatty():
+        yield lambda seq: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("counting the tape", total=last_seq)
+        yield lambda seq: bar.update(task, completed=seq)
+
+
+def _by_source(accounts: list[books.Account], counted: dict[str, int]) -> dict[str, dict[str, int]]:
+    """What the events say against what the accounts say; an account is named by its publisher, an event by itself."""
+    found = {source: {"counted": n, "accounts": 0} for source, n in counted.items()}
+    for each in accounts:
+        if each.stored:
+            found.setdefault(each.source, {"counted": 0, "accounts": 0})["accounts"] += each.stored
+    return dict(sorted(found.items()))
+
+
+def _gaps(account: books.Account) -> list[dict[str, Any]]:
+    return [
+        {"first": gap.first, "last": gap.last, "events": len(gap), "place": gap.place, "at": gap.at}
+        for gap in account.gaps
+    ]
+
+
+def _print(report: dict[str, Any], accounts: list[books.Account], total: books.Summary) -> None:
+    live = report["bus"]
+    if live is None:
+        click.echo("no bus is running; this is the tape as of its last commit")
+    else:
+        click.echo(f"live {live['line']}")
+        click.echo("tape as of its last commit, which the bus may be ahead of by now:")
+    table(
+        ["source", "producer", "highest_seq", "stored", "rejected", "dropped", "in_flight", "unexplained"],
+        [
+            (
+                each.source,
+                each.producer_id if each.producer_id != each.source else "",
+                each.highest_seq,
+                each.stored,
+                amount(each.rejected),
+                amount(each.dropped),
+                each.in_flight,
+                each.unexplained,
+            )
+            for each in accounts
+        ],
+    )
+    for name, counts in (("rejected", _sum(accounts, "rejected")), ("dropped", _sum(accounts, "dropped"))):
+        for place, count in sorted(counts.items()):
+            click.echo(f"{name:<10}{count:>12,}  {place}")
+    _print_gaps(accounts)
+    if (counted := report.get("counted")) is not None:
+        _print_counted(counted)
+    click.echo(total.line())
+
+
+def _sum(accounts: list[books.Account], kind: str) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for each in accounts:
+        for place, count in getattr(each, kind).items():
+            found[place] = found.get(place, 0) + count
+    return found
+
+
+def _print_gaps(accounts: list[books.Account]) -> None:
+    rows = [
+        (each.source, each.producer_id, gap.first, gap.last, len(gap), gap.place, clock(gap.at))
+        for each in accounts
+        for gap in each.gaps
+    ]
+    if not rows:
+        return
+    click.echo("\nnumbers that are not on the tape")
+    table(["source", "producer", "from", "to", "events", "place", "told"], rows[-SHOWN_GAPS:])
+    if len(rows) > SHOWN_GAPS:
+        click.echo(f"and {len(rows) - SHOWN_GAPS} ranges more; --json prints all that are kept")
+    lost = sum(amount(each.rejected) + amount(each.dropped) for each in accounts if each.sequenced)
+    if (unnamed := lost - sum(row[4] for row in rows)) > 0:
+        click.echo(f"{unnamed:,} events more were lost in ranges that are counted but no longer named")
+    click.echo("")
+
+
+def _print_counted(counted: dict[str, Any]) -> None:
+    click.echo("counted on the tape, event by event")
+    rows = [(source or "(none)", n["counted"], n["accounts"]) for source, n in counted["by_source"].items()]
+    table(["source in the event", "counted", "stored by accounts of that name"], rows)
+    if counted["removed"]:
+        click.echo(f"{counted['removed']:,} older events were removed by retention")
+    if counted["missing"]:
+        click.echo(f"{counted['missing']:,} events are missing on the tape; run `tapebus check`")
