@@ -209,6 +209,28 @@ def test_a_truncated_file_is_refused_instead_of_killing_the_process(tmp_path: Pa
         tapebus_store.tapebus_open_store(tmp_path, {}, True)
 
 
+def test_half_a_page_behind_the_last_commit_is_not_taken_for_damage(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    fill(store, 3)
+    store.close()
+    with (tmp_path / "tape" / "data.mdb").open("ab") as file:
+        file.write(bytes(1536))  # a commit that the power cut ended
+    store = open_store(tmp_path)
+    assert len(raws(store.blocks())) == 15
+    fill(store, 30)
+    store.close()
+
+
+def test_a_first_start_that_was_cut_short_leaves_nothing_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "tape").mkdir()
+    (tmp_path / "tape" / "new.mdb").write_bytes(bytes(4096 + 512))
+    (tmp_path / "tape" / "new.mdb-lock").write_bytes(b"")
+    store = open_store(tmp_path)
+    fill(store, 1)
+    store.close()
+    assert {each.name for each in (tmp_path / "tape").iterdir()} == {"data.mdb", "lock.mdb"}
+
+
 def test_a_file_that_is_no_tape_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tape").mkdir()
     (tmp_path / "tape" / "data.mdb").write_bytes(os.urandom(8192))

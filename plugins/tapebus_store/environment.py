@@ -217,9 +217,12 @@ def acquire(path: Path, *, readonly: bool, map_size: int) -> Environment:
         found = _shared.get(path)
         if found is None:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not data.exists():
+                _create(path, map_size)
             _refuse_truncated(data)
             found = _shared[path] = Environment(path, readonly=readonly, map_size=map_size)
-            _sync_directory(path)
+            if not readonly:
+                _sync_names(path)
         elif found.readonly and not readonly:
             found.make_writable(map_size)
         found.references += 1
@@ -238,9 +241,31 @@ def release(environment: Environment) -> None:
             _shared.pop(environment.path, None)
 
 
-def _sync_directory(path: Path) -> None:
-    """Make the names of new files durable; a file system without directory sync is left alone."""
-    for each in (path, path.parent):
+def _create(path: Path, map_size: int) -> None:
+    """Make an empty tape in `path` that is there as a whole or not at all, also after a power cut.
+
+    LMDB writes the first pages of a new file without syncing them, and a file that holds only some of
+    them cannot be told from a damaged tape.
+    """
+    new = path / "new.mdb"
+    for each in (new, path / "new.mdb-lock"):
+        each.unlink(missing_ok=True)
+    try:
+        with lmdb.open(str(new), map_size=map_size, subdir=False, max_dbs=len(DATABASES), mode=0o600) as env:
+            for name in DATABASES:
+                env.open_db(name.encode())
+        (path / "new.mdb-lock").unlink()
+        new.rename(path / "data.mdb")
+    except (lmdb.Error, OSError) as error:
+        raise StoreError(f"{path}: the tape cannot be created: {error}") from error
+
+
+def _sync_names(path: Path) -> None:
+    """Make the names of new files in `path` durable, and those of the directories above it, which may be as new.
+
+    A file system without directory sync, and a directory that must not be read, are left alone.
+    """
+    for each in (path, *path.parents):
         with suppress(OSError):
             fd = os.open(each, os.O_RDONLY | os.O_DIRECTORY)
             try:
@@ -282,5 +307,5 @@ def _shorter_than_promised(data: Path) -> bool:
         return True
     newest = max((0, page), key=lambda base: int.from_bytes(head[base + 144 : base + 152], "little"))
     last_page = int.from_bytes(head[newest + 136 : newest + 144], "little")
-    size = data.stat().st_size
-    return size < (last_page + 1) * page or size % page > 0
+    # a page behind that, whole or cut, belongs to a commit that never happened
+    return data.stat().st_size < (last_page + 1) * page
