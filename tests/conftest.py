@@ -103,6 +103,9 @@ class Bus:
             f"[plugins]\nenabled = {json.dumps(list(plugins))}\n{extra}\n"
         )
         self.python_path: list[str] = []
+        #: What is run, and variables it gets on top of those of the test.
+        self.command = [sys.executable, "-m", "tapebus", "run", "--config", str(self.config_file)]
+        self.variables: dict[str, str] = {}
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -114,14 +117,20 @@ class Bus:
     def environ(self) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("TAPEBUS_")}
         path = [*self.python_path, *filter(None, [kept.get("PYTHONPATH")])]
-        return {**kept, "PYTHONPATH": os.pathsep.join(path)} if path else kept
+        if path:
+            kept["PYTHONPATH"] = os.pathsep.join(path)
+        return kept | self.variables
 
     def start(self) -> Bus:
         """Start the process and return once it answers on its control socket."""
-        command = [sys.executable, "-m", "tapebus", "run", "--config", str(self.config_file)]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.environ(), cwd=self.data_dir.parent
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=self.environ(),
+                cwd=self.data_dir.parent,
             )
         self.wait_for(lambda stats: True, "to answer on its control socket")
         return self
