@@ -123,6 +123,12 @@ class Bus:
 
     def start(self) -> Bus:
         """Start the process and return once it answers on its control socket."""
+        self.spawn()
+        self.wait_for(lambda stats: True, "to answer on its control socket")
+        return self
+
+    def spawn(self) -> Bus:
+        """Start the process and wait for nothing."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 self.command,
@@ -132,7 +138,6 @@ class Bus:
                 env=self.environ(),
                 cwd=self.data_dir.parent,
             )
-        self.wait_for(lambda stats: True, "to answer on its control socket")
         return self
 
     def request(self, command: str, **arguments: Any) -> Any:
