@@ -150,7 +150,7 @@ class Sender:
             (zmq.IMMEDIATE, 1),
             (zmq.SNDTIMEO, 0),
             (zmq.RECONNECT_IVL, 50),
-            (zmq.RECONNECT_IVL_MAX, 2000),
+            (zmq.RECONNECT_IVL_MAX, 250),
             (zmq.CONNECT_TIMEOUT, 1000),
             (zmq.HEARTBEAT_IVL, 1000),
             (zmq.HEARTBEAT_TIMEOUT, 5000),

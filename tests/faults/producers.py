@@ -15,11 +15,11 @@ import sys
 import threading
 import time
 from array import array
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ledger import Ledger, Writer, event_of
+
 from tapebus import Publisher
 
 #: What may be in flight, in events; less than a publisher holds, so that nothing is dropped.
@@ -44,13 +44,16 @@ class Producer:
         window: int = WINDOW,
         count: int = 0,
         variables: dict[str, str] | None = None,
+        stderr: Any = None,
     ) -> None:
         self.ledger = Ledger(directory / f"{source}.ledger", source)
         command = [sys.executable, __file__, "--endpoint", endpoint, "--source", source]
         command += ["--file", str(self.ledger.file), "--rate", str(rate), "--window", str(window)]
         command += ["--count", str(count)]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("TAPEBUS_")}
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, env={**environment, **(variables or {})})
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, env={**environment, **(variables or {})}, stderr=stderr
+        )
 
     @property
     def acked(self) -> int:
@@ -191,7 +194,10 @@ class Run:
         ordered = sorted(self.times)
         if not ordered:
             return {}
-        at: Callable[[float], float] = lambda part: ordered[min(len(ordered) - 1, int(len(ordered) * part))] / 1000
+
+        def at(part: float) -> float:
+            return ordered[min(len(ordered) - 1, int(len(ordered) * part))] / 1000
+
         return {"p50": at(0.5), "p99": at(0.99), "p99.9": at(0.999), "max": ordered[-1] / 1000}
 
 

@@ -9,10 +9,10 @@ import time
 from typing import Any
 
 import pytest
-
-from bus_support import wait_until
 from ledger import Checker
 from producers import Producer, finish
+
+from bus_support import wait_until
 
 #: Events per second of each producer; the last one has many events in flight when the bus dies.
 RATES = {"elite_guard": 500, "webapp": 500, "mt5_adapter": 1000, "mt5_feed": 4000}

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from ledger import Checker, Ledger, Writer, event_of
 
 
