@@ -26,9 +26,11 @@ class Bench:
         self.seen, self.units, self.dead = [], [], []
         self.context = PluginContext("p", {}, Path("."), {}, lambda: 7.0)
         consumer = Consumer(name="c", topics=("*",), handler=self.handle, **options)
-        self.fence = Fence(
-            consumer, "p", self.context, 0, [], lambda unit, frame: self.units.append((unit, frame)), self.dead.append
-        )
+        self.fence = Fence(consumer, "p", self.context, 0, [], self.send)
+
+    def send(self, unit, frame):
+        self.units.append((unit, frame))
+        self.dead += unit.dead
 
     def handle(self, batch):
         for each in batch:
@@ -92,7 +94,7 @@ def test_a_unit_holds_what_was_emitted_the_state_and_the_cursor_they_belong_to()
 
 
 @pytest.mark.parametrize("error", [None, SystemExit])
-def test_save_is_called_before_a_unit_is_closed_and_its_failure_keeps_the_unit_open(error):
+def test_save_is_called_before_a_unit_is_closed_and_its_failure_keeps_the_unit_open_and_opens_the_breaker(error):
     bench = Bench(emit=True)
     failing = [error]
 
@@ -103,7 +105,9 @@ def test_save_is_called_before_a_unit_is_closed_and_its_failure_keeps_the_unit_o
 
     bench.fence.consumer.save = save
     bench.fence.offer([event(1)], 1)
+    assert bench.fence.state == ("running" if error is None else "open")
     failing[0] = None
+    bench.fence.resume()
     bench.fence.offer([event(2)], 2)
     assert [unit.cursor for unit, _ in bench.units] == ([1, 2] if error is None else [2])
     assert bench.units[-1][0].state == {"last": b"2", "saved": b"1"}

@@ -63,7 +63,7 @@ ingest = "tcp://127.0.0.1:{ingest}"
 acked = "tcp://127.0.0.1:{acked}"
 [plugins]
 enabled = ["schema", "store", "echo"]
-[plugins.echo]
+[plugins.echo.faults]
 deadline_s = 3.0
 """
     )

@@ -16,6 +16,7 @@ def split(events: list[Any], view: BlockView, first: int, masks: list[int], grou
 class Batch:
     events: list[Any]
     position: int
+    exhausted: bool
     def __init__(self, events: list[Any]) -> None: ...
     @property
     def first_seq(self) -> int: ...

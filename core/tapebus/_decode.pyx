@@ -162,11 +162,13 @@ cdef class Batch:
 
     cdef:
         readonly list events
-        readonly Py_ssize_t position    # events handed out so far by the running iteration
+        readonly Py_ssize_t position    # one beyond the event looked at last, 0 before the first
+        readonly bint exhausted         # whether an iteration has come to its end
 
     def __cinit__(self, list events not None):
         self.events = events
         self.position = 0
+        self.exhausted = False
 
     @property
     def first_seq(self):
@@ -180,25 +182,37 @@ cdef class Batch:
         return PyList_GET_SIZE(self.events)
 
     def __getitem__(self, index):
-        return self.events[index]
+        found = self.events[index]
+        if isinstance(index, int):
+            self.position = (index if index >= 0 else index + len(self.events)) + 1
+        else:
+            # what becomes of a part of the batch cannot be seen from here
+            self.position = len(self.events)
+            self.exhausted = True
+        return found
 
     def __iter__(self):
         self.position = 0
+        self.exhausted = False
         return BatchIterator(self)
 
 
 cdef class BatchIterator:
     cdef Batch batch
+    cdef Py_ssize_t next_index
 
     def __cinit__(self, Batch batch not None):
         self.batch = batch
+        self.next_index = 0
 
     def __iter__(self):
         return self
 
     def __next__(self):
-        cdef Py_ssize_t i = self.batch.position
+        cdef Py_ssize_t i = self.next_index
         if i >= PyList_GET_SIZE(self.batch.events):
+            self.batch.exhausted = True
             raise StopIteration
+        self.next_index = i + 1
         self.batch.position = i + 1
         return <object>PyList_GET_ITEM(self.batch.events, i)

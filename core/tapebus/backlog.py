@@ -48,6 +48,7 @@ class Backlog:
         self.lapped = load is not None and cursor < last_seq
         self.lost = 0
         self.closed = False
+        self._woken = False
 
     def put(self, item: Any) -> None:
         """Hand over the next item; called by the giver in order, after it is durable."""
@@ -76,8 +77,9 @@ class Backlog:
     def get(self, timeout: float | None) -> Any | None:
         """The next item, or None when there is none within `timeout` seconds or the queue is closed."""
         with self._changed:
-            if not self.lapped and not self._items and not self.closed:
+            if not self.lapped and not self._items and not self.closed and not self._woken:
                 self._changed.wait(timeout)
+            self._woken = False
             if not self.lapped:
                 if not self._items:
                     return None
@@ -121,7 +123,9 @@ class Backlog:
             self.lapped = True
 
     def wake(self) -> None:
+        """Let the taker's `get` return, the running one or the next."""
         with self._changed:
+            self._woken = True
             self._changed.notify_all()
 
     def close(self) -> None:

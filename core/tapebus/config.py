@@ -33,7 +33,8 @@ class Bus(Struct, frozen=True, forbid_unknown_fields=True):
     """``[bus]``: durations are seconds, ``ring_bytes`` is bytes, ``max_batch`` events per unit of work.
 
     ``unknown_types`` says what becomes of an event type nobody registered; ``stats_s`` 0 turns the
-    periodic log line off.
+    periodic log line off. ``start_s`` bounds each step of a plugin's start. A bus whose inline consumer stands
+    still for ``hang_exit_s`` ends, to be started again without it; 0 never.
     """
 
     data_dir: str = ""
@@ -45,6 +46,8 @@ class Bus(Struct, frozen=True, forbid_unknown_fields=True):
     drain_s: Annotated[float, Meta(ge=0, le=3600)] = 5.0
     unknown_types: Literal["keep", "reject"] = "keep"
     publish_heartbeat: bool = True
+    start_s: _Positive = 20.0
+    hang_exit_s: _NotNegative = 60.0
 
 
 class Listen(Struct, frozen=True, forbid_unknown_fields=True):
@@ -161,8 +164,12 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
         return self.listen.control or f"ipc://{self.runtime_dir / 'control.sock'}"
 
     def plugin(self, name: str) -> dict[str, Any]:
-        """The table ``[plugins.<name>]``, empty where there is none."""
-        return dict(self.plugins.tables.get(name, {}))
+        """The table ``[plugins.<name>]``, empty where there is none; without what is the bus's own business."""
+        return {key: value for key, value in self.plugins.tables.get(name, {}).items() if key != "faults"}
+
+    def faults(self, name: str) -> dict[str, Any]:
+        """The table ``[plugins.<name>.faults]``: fields of `tapebus.consumer.FaultPolicy`."""
+        return dict(self.plugins.tables.get(name, {}).get("faults", {}))
 
     def prepare(self) -> None:
         """Create the data and runtime directories, 0700; `ConfigError` where they are not this user's."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import msgspec
 
+from tapebus.errors import ConfigError
 from tapebus.events import Event
 
 Mode = Literal["inline", "thread", "process"]
@@ -28,18 +29,36 @@ class Batch(Protocol):
     def __getitem__(self, index: int) -> Any: ...
 
 
-class FaultPolicy(msgspec.Struct, frozen=True):
-    """When the fence opens the breaker of a consumer, and for how long.
+class FaultPolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the bus does when a consumer fails; ``[plugins.<name>.faults]`` overrides single fields.
 
-    The breaker opens when more than ``error_ratio`` of the last ``window`` events failed; it stays
+    The breaker opens when more than ``error_ratio`` of the last ``window`` events failed, when ``consecutive``
+    events in a row failed, or when the handler fails without having looked at an event. It stays
     open ``retry_s`` seconds (doubled each time up to ``retry_max_s``), then one event is tried.
     While it is open the cursor stands still; afterwards the consumer continues from the tape.
+
+    A handler that comes no further for ``deadline_s`` seconds is reported as hanging; in mode ``process`` it is
+    killed. ``memory_mb`` bounds the private memory of a process (0: no bound), and an event that ends its process
+    ``deaths`` times becomes a dead letter.
     """
 
-    error_ratio: float = 0.5
-    window: int = 1000
-    retry_s: float = 1.0
-    retry_max_s: float = 60.0
+    error_ratio: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.5
+    window: Annotated[int, msgspec.Meta(ge=1)] = 1000
+    consecutive: Annotated[int, msgspec.Meta(ge=1)] = 50
+    retry_s: Annotated[float, msgspec.Meta(gt=0)] = 1.0
+    retry_max_s: Annotated[float, msgspec.Meta(gt=0)] = 60.0
+    deadline_s: Annotated[float, msgspec.Meta(gt=0)] = 5.0
+    memory_mb: Annotated[int, msgspec.Meta(ge=0)] = 512
+    deaths: Annotated[int, msgspec.Meta(ge=1)] = 3
+
+    def changed_by(self, table: dict[str, Any], plugin: str) -> FaultPolicy:
+        """This policy with the fields of `table`; `ConfigError` naming the key where one is wrong."""
+        fields = {**msgspec.structs.asdict(self), **table}
+        try:
+            return msgspec.convert(fields, FaultPolicy)
+        except msgspec.ValidationError as error:
+            names = ", ".join(FaultPolicy.__struct_fields__)
+            raise ConfigError(f"plugins.{plugin}.faults: {error}; the keys are {names}") from None
 
 
 class Consumer(msgspec.Struct, kw_only=True):
@@ -47,7 +66,8 @@ class Consumer(msgspec.Struct, kw_only=True):
 
     ``topics``: event types, exact or ``prefix.*``; ``("*",)`` takes all. ``handler(batch)`` is called with a
     `Batch`; an exception is charged to the event being iterated over, which becomes a dead letter,
-    and the handler is called again with the rest. ``save()`` is called just before the unit of work
+    and the handler is called again with the rest. After the end of the iteration it is charged to the whole batch,
+    before the first event to none: then the breaker opens. ``save()`` is called just before the unit of work
     is closed, to let the plugin write what changed in memory into ``context.state``.
     ``tick`` > 0 asks for ``on_tick(now)`` about every ``tick`` seconds on the consumer's own thread.
     ``start`` says where a consumer without a cursor begins: ``now`` or ``first`` (all of the tape).

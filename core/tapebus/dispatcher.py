@@ -14,7 +14,7 @@ from tapebus.codec import Codec, Fault
 from tapebus.consumer import covers
 from tapebus.events import Event
 from tapebus.failpoints import failpoint
-from tapebus.fence import Fence
+from tapebus.fence import Doing, Fence
 from tapebus.judge import Judge
 from tapebus.store import Block, StoreReader
 
@@ -92,6 +92,10 @@ class Dispatcher(threading.Thread):
         self._lanes = [fence for fence in fences if fence.consumer.lanes]
         load = (lambda after: store.blocks(after)) if store is not None else None
         self.backlog = Backlog(BACKLOG_BYTES, cursor, last_seq, load)
+        #: Decoding runs the rules of plugins.
+        self.doing = Doing()
+        for fence in fences:
+            fence.wake = self.backlog.wake
         #: The last sequence number all live consumers have been offered.
         self.done_seq = cursor
         self._overtaken = 0
@@ -124,8 +128,12 @@ class Dispatcher(threading.Thread):
     def _tick(self) -> float | None:
         """Run what is due; seconds until something else is, None for nothing to wait for."""
         now = time.monotonic()
+        for fence in self.fences:
+            if fence.asked_again and fence.ready:
+                fence.settle(lambda seq: event_at(self.codec, self.store, seq))
         waits = [wait for fence in self.fences if (wait := fence.tick(now)) is not None]
-        waits += [0.25 for fence in self.fences if fence.state == "open" or fence.unsaved]
+        waits += [fence.breaker.retry_in for fence in self.fences if fence.breaker.state == "open"]
+        waits += [0.25 for fence in self.fences if fence.unsaved]
         if self.judge.unsaved:
             waits.append(0.25)
         return min(waits, default=None)
@@ -139,7 +147,9 @@ class Dispatcher(threading.Thread):
         view = BlockView(block.payload, block.first_seq)
         for start in range(0, view.count, self._max_batch):
             stop = min(start + self._max_batch, view.count)
+            self.doing.begin("rules of event types")
             events, faults = self.codec.decode(view, start, stop)
+            self.doing.end()
             first, last = block.first_seq + start, block.first_seq + stop - 1
             self.judge.judge(faults, view, first, last)
             urgent = block.urgent > 0
@@ -208,3 +218,14 @@ def slices_for(
         events, _ = codec.decode(view, start, stop)
         wanted = [e for e in events if e is not None and covers(topics, e.event_type)]  # type: ignore[attr-defined]
         yield wanted, block.first_seq + stop - 1
+
+
+def event_at(codec: Codec, store: StoreReader | None, seq: int) -> Event | None:
+    """The event with this sequence number, read from the tape; None where it is not there or does not decode."""
+    block = next(iter(store.blocks(seq - 1)), None) if store is not None else None
+    if block is None or not block.first_seq <= seq <= block.last_seq:
+        return None
+    i = seq - block.first_seq
+    events, _ = codec.decode(BlockView(block.payload, block.first_seq), i, i + 1)
+    found: Event | None = events[0]
+    return found

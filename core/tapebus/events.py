@@ -92,12 +92,17 @@ class EventType(Struct, frozen=True):
     doc: str = ""
 
 
+#: Why a plugin could not handle an event: its handler raised, came no further, or its process ended.
+ERROR, TIMEOUT, CRASHED = PLUGIN_REASONS = ("error", "timeout", "crashed")
+
+
 class DeadLetter(Struct, frozen=True, omit_defaults=True):
     """An event that could not be decoded, validated or handled.
 
     ``place`` is where (``schema``, ``plugin.<name>`` or ``ingest``), ``reason`` a short code and
     ``detail`` the message for people. ``raw`` is kept (at most 64 KiB) only when the event has no
     place on the tape (``bus_seq`` 0); otherwise the bytes are already there. ``id`` is given by the store.
+    ``consumer`` is the one that failed, where it was a plugin's (then ``reason`` is one of `PLUGIN_REASONS`).
     """
 
     place: str
@@ -108,6 +113,7 @@ class DeadLetter(Struct, frozen=True, omit_defaults=True):
     at: float = 0.0
     raw: bytes = b""
     id: int = 0
+    consumer: str = ""
 
 
 class Registry:

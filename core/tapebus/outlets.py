@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tapebus.backlog import Backlog
 from tapebus.blocks import BlockView
 from tapebus.codec import Codec
-from tapebus.dispatcher import FanOut, Slice
-from tapebus.failpoints import failpoint
+from tapebus.dispatcher import FanOut, Slice, event_at
 from tapebus.fence import Fence
 from tapebus.store import StoreReader
 
@@ -19,7 +18,15 @@ from tapebus.store import StoreReader
 class ThreadConsumer(threading.Thread):
     """Runs one fenced consumer; when it falls behind its queue it continues from the tape."""
 
-    def __init__(self, fence: Fence, codec: Codec, store: StoreReader | None, last_seq: int, max_batch: int) -> None:
+    def __init__(
+        self,
+        fence: Fence,
+        codec: Codec,
+        store: StoreReader | None,
+        last_seq: int,
+        max_batch: int,
+        fail: Callable[[BaseException], None],
+    ) -> None:
         super().__init__(name=f"tapebus-{fence.consumer.name}", daemon=True)
         self.fence = fence
         self._codec = codec
@@ -27,6 +34,9 @@ class ThreadConsumer(threading.Thread):
         self._max_batch = max_batch
         self._fan = FanOut(codec, [tuple(fence.consumer.topics)])
         self._overtaken = 0
+        self._fail = fail
+        self._bell = threading.Event()
+        fence.wake = self._wake
         self.backlog = Backlog(
             fence.consumer.capacity, fence.cursor, last_seq, self._load if store is not None else None
         )
@@ -46,13 +56,23 @@ class ThreadConsumer(threading.Thread):
             self.backlog.put(piece)
 
     def run(self) -> None:
+        try:
+            self._run()
+        except BaseException as error:
+            self._fail(error)
+
+    def _run(self) -> None:
         fence = self.fence
         while True:
+            self._bell.clear()
+            if fence.asked_again and fence.ready:
+                fence.settle(lambda seq: event_at(self._codec, self._store, seq))
             wait = fence.tick(time.monotonic())
             if not fence.ready:
                 if self.backlog.closed:
                     break
-                threading.Event().wait(0.25)
+                waits = [each for each in (wait, fence.breaker.retry_in) if each]
+                self._bell.wait(min(waits, default=None))
                 continue
             if fence.unsaved:
                 wait = min(wait, 0.25) if wait is not None else 0.25
@@ -62,7 +82,6 @@ class ThreadConsumer(threading.Thread):
                     break
                 fence.close_unit()
                 continue
-            failpoint("outlet.before_slice")
             if fence.consumer.lanes:
                 self._overtake()
             fence.offer(self._fan.split(piece.events, piece.view, piece.start)[0], piece.last_seq)
@@ -70,6 +89,10 @@ class ThreadConsumer(threading.Thread):
                 # the breaker opened inside the slice: take the rest again from the tape, later
                 self._rewind()
         fence.close_unit(force=True)
+
+    def _wake(self) -> None:
+        self._bell.set()
+        self.backlog.wake()
 
     def _rewind(self) -> None:
         self.backlog.rewind(self.fence.cursor)
@@ -85,3 +108,4 @@ class ThreadConsumer(threading.Thread):
 
     def stop(self) -> None:
         self.backlog.close()
+        self._bell.set()

@@ -10,10 +10,13 @@ from typing import Any
 import pluggy
 
 from tapebus import hookspecs
+from tapebus.deadline import Overdue, within
 from tapebus.errors import PluginError
 from tapebus.events import Registry
 
 GROUP = "tapebus.plugins"
+#: Seconds one import may take.
+DEADLINE_S = 20.0
 BUILTIN = ("schema", "store", "outcomes", "slots", "telegram")
 
 
@@ -30,11 +33,13 @@ def installed() -> dict[str, EntryPoint]:
     return found
 
 
-def load(names: Iterable[str], extra: Iterable[tuple[str, Any]] = ()) -> pluggy.PluginManager:
+def load(
+    names: Iterable[str], extra: Iterable[tuple[str, Any]] = (), deadline_s: float = DEADLINE_S
+) -> pluggy.PluginManager:
     """Import and register the plugins called `names`, then the ready-made objects in `extra`.
 
     Raises `PluginError` for an unknown name, an import that fails, and a plugin without a single hook
-    (pluggy would accept, and silently ignore, a compiled hookimpl).
+    (pluggy would accept, and silently ignore, a compiled hookimpl); `Overdue` for an import that blocks.
     """
     manager = pluggy.PluginManager("tapebus")
     manager.add_hookspecs(hookspecs)
@@ -45,7 +50,9 @@ def load(names: Iterable[str], extra: Iterable[tuple[str, Any]] = ()) -> pluggy.
             hint = f"did you mean {near[0]!r}?" if near else f"installed: {', '.join(sorted(points)) or 'none'}"
             raise PluginError(f"plugins.enabled: no plugin called {name!r} is installed; {hint}")
         try:
-            module = points[name].load()
+            module = within(deadline_s, f"plugin {name!r}: its import", points[name].load)
+        except Overdue:
+            raise
         except Exception as error:
             raise PluginError(
                 f"plugin {name!r} ({points[name].value}) cannot be imported: {type(error).__name__}: {error}"
@@ -61,6 +68,11 @@ def _register(manager: pluggy.PluginManager, plugin: Any, name: str) -> None:
     manager.register(plugin, name=name)
     if not manager.get_hookcallers(plugin):
         raise PluginError(f"plugin {name!r} implements no tapebus hook: mark plain Python functions with @hookimpl")
+
+
+def implements(manager: pluggy.PluginManager, hook: str, name: str) -> bool:
+    """Whether the plugin called `name` implements `hook`."""
+    return any(each.plugin_name == name for each in getattr(manager.hook, hook).get_hookimpls())
 
 
 def call_one(manager: pluggy.PluginManager, hook: str, name: str, **arguments: Any) -> Any:

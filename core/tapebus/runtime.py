@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -23,6 +24,7 @@ from tapebus._scan import Topics
 from tapebus.codec import Codec
 from tapebus.config import Config
 from tapebus.control import Control
+from tapebus.deadline import Overdue, within
 from tapebus.dispatcher import Dispatcher
 from tapebus.errors import StoreError, TapebusError
 from tapebus.events import DeadLetter, Wire
@@ -33,8 +35,10 @@ from tapebus.judge import NAME as JUDGE
 from tapebus.judge import Judge
 from tapebus.outlets import ThreadConsumer
 from tapebus.statistics import Statistics
+from tapebus.store import Unit
 from tapebus.supervisor import ProcessConsumer
 from tapebus.tapewriter import TapeWriter
+from tapebus.watchdog import Watchdog, restore
 from tapebus.wire import MAX_FRAME
 from tapebus.wiring import Wiring, identity
 
@@ -46,6 +50,8 @@ SEND_HWM = 1000
 UNSEQUENCED = "ingest"
 #: Seconds that closing sockets, plugins and store may take beyond the drain before the process ends anyway.
 STOP_GRACE_S = 5.0
+#: Seconds that a plugin may take for its end when the drain has used up its own.
+STOP_CALL_S = 0.5
 
 
 class Runtime:
@@ -80,7 +86,7 @@ class Runtime:
         config = self.config
         config.prepare()
         failpoint("start.prepared")
-        self.manager = plugins.load(config.plugins.enabled, self._extra)
+        self.manager = plugins.load(config.plugins.enabled, self._extra, config.bus.start_s)
         registry = plugins.registry(self.manager, config.plugin)
         self.store = self.manager.hook.tapebus_open_store(
             data_dir=config.data_dir, config=config.plugin("store"), readonly=False
@@ -106,11 +112,16 @@ class Runtime:
         failpoint("start.wired")
         self._listen()
         failpoint("start.listening")
-        for name, context in self.wiring.contexts.items():
-            plugins.call_one(self.manager, "tapebus_start", name, context=context)
+        for name in self.wiring.contexts:
+            self._call("tapebus_start", name, config.bus.start_s)
         failpoint("start.plugins_started")
         self._run_threads()
         failpoint("start.running")
+
+    def _call(self, hook: str, name: str, seconds: float) -> None:
+        """Call a hook of the plugin called `name`, for at most `seconds`."""
+        call = partial(plugins.call_one, self.manager, hook, name, context=self.wiring.contexts[name])
+        within(seconds, f"plugin {name!r}: {hook}", call)
 
     def _carry_books_over(self) -> None:
         if self.store is None:
@@ -123,12 +134,13 @@ class Runtime:
         config = self.config
         self.statistics = Statistics(self)
         self.tape = TapeWriter(self.ring, self.ingest, self.store, self._fail, self.statistics.durable_counters)
-        self.wiring = Wiring(self.manager, config, self.ring, self.store, self.tape.bury)
+        self.wiring = Wiring(self.manager, config, self.ring, self.store)
+        restore(self.store, self.wiring.inline, self._tell_tape)
         saved = self.store.cursors().get(JUDGE) if self.store is not None else None
         judge = Judge(
             self.codec.topics,
             saved.cursor if saved is not None else last_seq,
-            lambda unit: self.ring.inject(b"", self._own, unit),
+            self._tell_tape,
         )
         cursors = [judge.cursor, *(fence.cursor for fence in self.wiring.inline)]
         self.dispatcher = Dispatcher(
@@ -142,11 +154,15 @@ class Runtime:
             fail=self._fail,
         )
         self.threads = [
-            ThreadConsumer(fence, self.codec.copy(), self.store, last_seq, config.bus.max_batch)
+            ThreadConsumer(fence, self.codec.copy(), self.store, last_seq, config.bus.max_batch, self._fail)
             for fence in self.wiring.threads
         ]
         self.dispatcher.outlets = list(self.threads)
         self.tape.deliver = self.dispatcher.deliver
+        self.statistics.watchdog = Watchdog(self, self._tell_tape, self._fail)
+
+    def _tell_tape(self, unit: Unit) -> None:
+        self.ring.inject(b"", self._own, unit)
 
     def _listen(self) -> None:
         config = self.config
@@ -178,6 +194,7 @@ class Runtime:
                 next((each for each in config.acked_endpoints if each.startswith("ipc:")), config.acked_endpoints[0]),
                 self.first_seq - 1 if consumer.start == "now" else 0,
                 self.tape.bury,
+                self.tape.purge,
             )
             for plugin, consumer in self.wiring.processes
         ]
@@ -273,8 +290,11 @@ class Runtime:
         for part in (self.feed, self.control):
             part.stop()
             part.join(2.0)
-        for name, context in self.wiring.contexts.items():
-            plugins.call_one(self.manager, "tapebus_stop", name, context=context)
+        for name in self.wiring.contexts:
+            try:
+                self._call("tapebus_stop", name, max(STOP_CALL_S, deadline - time.monotonic()))
+            except Exception as error:
+                log.error("%s", error, exc_info=None if isinstance(error, Overdue) else error)
         self._close_all()
         failpoint("stop.closed")
 

@@ -6,19 +6,24 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from tapebus import books, plugins
+from tapebus.deadline import Overdue, within
 from tapebus.wiring import figures
 
 if TYPE_CHECKING:
     from tapebus.pm2 import Channel
     from tapebus.runtime import Runtime
+    from tapebus.watchdog import Watchdog
 
 log = logging.getLogger("tapebus")
 PM2_INTERVAL = 2.0
+#: Seconds a plugin may take to tell its health or its figures.
+HOOK_S = 1.0
 
 
 def resident_bytes() -> int:
@@ -37,6 +42,8 @@ class Statistics:
         self._runtime = runtime
         self._started = time.monotonic()
         self.channel: Channel | None = None
+        self.watchdog: Watchdog | None = None
+        self._ask = Ask()
         bus = runtime.config.bus
         self._heartbeat_at = self._started
         self._line_at = self._started + bus.stats_s if bus.stats_s else float("inf")
@@ -118,11 +125,12 @@ class Statistics:
         runtime = self._runtime
         out: dict[str, dict[str, Any]] = {}
         for name, context in runtime.wiring.contexts.items():
-            health = _safely("tapebus_health", runtime.manager, name, context) or {"status": "ok", "message": ""}
-            broken = [f for f in runtime.wiring.fences if f.plugin == name and f.state not in ("running", "paused")]
-            if broken:
-                health = {"status": "error", "message": f"{broken[0].consumer.name}: {broken[0].last_error}"}
-            metrics = _safely("tapebus_metrics", runtime.manager, name, context) or {}
+            health = self._ask("tapebus_health", runtime.manager, name, context) or {"status": "ok", "message": ""}
+            for fence in runtime.consumers:
+                if fence.plugin == name and fence.state not in ("running", "paused", "starting"):
+                    why = fence.hanging or fence.breaker.reason or fence.last_error
+                    health = {"status": "error", "message": f"{fence.consumer.name} {fence.state}: {why}"}
+            metrics = self._ask("tapebus_metrics", runtime.manager, name, context) or {}
             out[name] = {"health": health, "metrics": metrics}
         return out
 
@@ -169,6 +177,8 @@ class Statistics:
             self._line_at = now + bus.stats_s
             self._log_line(now)
         wake = min(self._heartbeat_at, self._line_at)
+        if self.watchdog is not None:
+            wake = min(wake, now + self.watchdog.look())
         if self.channel is not None:
             if now >= self._pm2_at:
                 self._pm2_at = now + PM2_INTERVAL
@@ -211,18 +221,33 @@ class Statistics:
             "lag": max((last - f.cursor for f in self._runtime.wiring.fences), default=0),
         }
         for name, context in self._runtime.wiring.contexts.items():
-            found = _safely("tapebus_metrics", self._runtime.manager, name, context) or {}
+            found = self._ask("tapebus_metrics", self._runtime.manager, name, context) or {}
             if "slots" in found:
                 out["slots"] = found["slots"]
         return out
 
 
-def _safely(hook: str, manager: Any, name: str, context: Any) -> dict[str, Any] | None:
-    try:
-        found: dict[str, Any] | None = plugins.call_one(manager, hook, name, context=context)
-        return found
-    except Exception as error:
-        return {"status": "error", "message": f"{hook} failed: {type(error).__name__}: {error}"}
+class Ask:
+    """Calls a hook that must answer at once; one that did not is not called again by this bus."""
+
+    def __init__(self) -> None:
+        self._overdue: dict[tuple[str, str], str] = {}
+
+    def __call__(self, hook: str, manager: Any, name: str, context: Any) -> dict[str, Any] | None:
+        if not plugins.implements(manager, hook, name):
+            return None
+        if (hook, name) in self._overdue:
+            return {"status": "error", "message": self._overdue[hook, name]}
+        try:
+            call = partial(plugins.call_one, manager, hook, name, context=context)
+            found: dict[str, Any] | None = within(HOOK_S, f"plugin {name!r}: {hook}", call)
+            return found
+        except Overdue as error:
+            log.error("%s; it is not asked again", error)
+            self._overdue[hook, name] = str(error)
+            return {"status": "error", "message": str(error)}
+        except Exception as error:
+            return {"status": "error", "message": f"{hook} failed: {type(error).__name__}: {error}"}
 
 
 def _row(account: books.Account) -> dict[str, Any]:

@@ -98,7 +98,8 @@ class Unit(Struct):
 
     ``ahead`` lists the sequence numbers above ``cursor`` that were already handled (priority lanes).
     ``state`` maps a key to its new bytes, or to ``None`` for a deleted key. ``dead`` are dead letters that
-    belong to the cursor; the tape thread moves them into the commit.
+    belong to the cursor, and ``settled`` the ids of dead letters it has dealt with; the tape thread moves both into
+    the commit.
     """
 
     consumer: str
@@ -107,6 +108,7 @@ class Unit(Struct):
     namespace: str = ""
     state: dict[str, bytes | None] = {}
     dead: list[DeadLetter] = []
+    settled: list[int] = []
 
 
 class Commit(Struct):
@@ -118,6 +120,8 @@ class Commit(Struct):
     dead: list[DeadLetter] = []
     topics: dict[int, str] = {}
     counters: dict[str, int] = {}
+    #: Ids of dead letters that go.
+    settled: list[int] = []
 
 
 class StoreReader(Protocol):

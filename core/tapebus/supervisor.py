@@ -6,29 +6,37 @@ import contextlib
 import logging
 import os
 import select
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
 
-from tapebus.config import Config
+from tapebus.breaker import Breaker
+from tapebus.config import Config, Plugins
 from tapebus.consumer import Consumer
-from tapebus.events import DeadLetter
-from tapebus.failpoints import failpoint
-from tapebus.worker import Orders
+from tapebus.events import CRASHED, TIMEOUT, DeadLetter
+from tapebus.worker import EXIT_MEMORY, Orders, needed
 
 log = logging.getLogger("tapebus.supervisor")
-#: A child that reports nothing for this long is killed; the first report may take START_S.
-DEADLINE_S, START_S = 5.0, 20.0
-BACKOFF_S, BACKOFF_MAX_S = 0.2, 30.0
+BACKOFF_S = 0.2
+#: Longest pause before the next life: after one without any progress, and after one with some.
+BACKOFF_MAX_S, BACKOFF_PROGRESS_S = 30.0, 2.0
+#: Seconds a child has to finish when it is asked to.
+STOP_S = 2.0
+#: Variables every program needs to find its way; a child gets no other but those its own table names.
+ENVIRONMENT = ("PATH", "PYTHONPATH", "HOME", "USER", "LANG", "TZ", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
 
 
 class ProcessConsumer(threading.Thread):
-    """Looks to the statistics like a fence; the child may hang, leak, abort or be killed."""
+    """Looks to the statistics like a fence; the child may hang, leak, abort or be killed.
+
+    An event in whose hands the child dies ``faults.deaths`` times becomes a dead letter and is skipped.
+    """
 
     def __init__(
         self,
@@ -38,95 +46,258 @@ class ProcessConsumer(threading.Thread):
         endpoint: str,
         start: int,
         bury: Callable[[DeadLetter], None],
+        purge: Callable[[list[int]], None],
     ) -> None:
         super().__init__(name=f"tapebus-{consumer.name}", daemon=True)
         self.plugin = plugin
         self.consumer = consumer
-        table = config.plugin(plugin)
-        self._orders = Orders(config, plugin, consumer.name, endpoint, start, int(table.get("memory_bytes", 0)))
-        self._deadline_s = float(table.get("deadline_s", DEADLINE_S))
-        self._bury = bury
-        self._stopping = threading.Event()
-        self._child: subprocess.Popen[bytes] | None = None
+        self.breaker = Breaker(consumer.faults)
+        self.breaker.become("starting", "")
+        self.hanging = ""
         self.cursor = start
         self.handled = self.errors = self.over_budget = self.restarts = 0
         self.last_error = ""
-        self.state = "starting"
-        self.history: list[tuple[float, str]] = []
+        self._environment = environment(config.plugin(plugin))
+        self._orders = Orders(_only(config, plugin), plugin, consumer.name, endpoint, start, os.getpid())
+        self._start_s = config.bus.start_s
+        self._bury = bury
+        self._purge = purge
+        self._stop_at = 0.0
+        self._wanted = "running"
+        self._bell_read, self._bell_write = os.pipe()
+        self._child: subprocess.Popen[bytes] | None = None
+        #: What earlier lives have counted.
+        self._base = (0, 0, 0)
+        #: First and last event in the child's hands, the one it was seen at last, and the letter it settles.
+        self._trying = (0, 0)
+        self._at = self._settling = 0
+        self._deaths: dict[int, int] = {}
+        self._again: dict[int, DeadLetter] = {}
+
+    @property
+    def state(self) -> str:
+        return self.breaker.state
+
+    # -- lives -------------------------------------------------------------------------------------
 
     def run(self) -> None:
         backoff = BACKOFF_S
-        while not self._stopping.is_set():
-            begun = time.monotonic()
-            why = self._one_life()
-            if self._stopping.is_set():
-                break
+        while self._wanted != "stopped":
+            if self._wanted == "paused":
+                self._rest(None)
+                continue
+            cursor, begun = self.cursor, time.monotonic()
+            reason, why = self._one_life()
+            if self._wanted != "running":
+                if self._wanted == "again":
+                    backoff, self._wanted = BACKOFF_S, "running"
+                continue
             self.restarts += 1
             self.last_error = why
-            self._become("restarting")
+            self.breaker.become("restarting", why)
             log.warning("consumer %s: its process %s; starting it again from its cursor", self.consumer.name, why)
-            backoff = BACKOFF_S if time.monotonic() - begun > 30 else min(backoff * 2, BACKOFF_MAX_S)
-            self._stopping.wait(backoff)
+            if self._blame(reason, why) or time.monotonic() - begun > BACKOFF_MAX_S:
+                backoff = BACKOFF_S
+            self._rest(backoff)
+            backoff = min(backoff * 2, BACKOFF_PROGRESS_S if self.cursor > cursor else BACKOFF_MAX_S)
+        os.close(self._bell_read)
 
-    def _become(self, state: str) -> None:
-        if state != self.state:
-            self.state = state
-            self.history = [*self.history[-19:], (time.time(), state)]
+    def _rest(self, seconds: float | None) -> None:
+        if select.select([self._bell_read], [], [], seconds)[0]:
+            os.read(self._bell_read, 4096)
 
-    def _one_life(self) -> str:
-        failpoint("supervisor.before_child")
-        child = subprocess.Popen(
-            [sys.executable, "-m", "tapebus.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
-        )
-        self._child = child
-        failpoint("supervisor.after_child")
+    def _ring(self, wanted: str) -> None:
+        self._wanted = wanted
+        self._stop_at = time.monotonic() + STOP_S
+        with contextlib.suppress(OSError):
+            os.write(self._bell_write, b"!")
+
+    def _blame(self, reason: str, why: str) -> bool:
+        """Charge the end of a child to the event it had in its hands; whether that one is now out of the way."""
+        first, last = self._trying
+        settling, self._settling = self._again.pop(self._settling, None), 0
+        self._trying = (0, 0)
+        if settling is not None:
+            self._bury(msgspec.structs.replace(settling, id=0, reason=reason, detail=why, at=time.time()))
+            self._purge([settling.id])
+            return True
+        # a child that stands still was seen at its last event, one that dies need not have been
+        suspect = self._at if reason == TIMEOUT and self._at else first if first == last else 0
+        self._orders.careful_to = last
+        if not suspect:
+            return False
+        count = self._deaths[suspect] = self._deaths.get(suspect, 0) + 1
+        if count < self.consumer.faults.deaths:
+            return False
+        del self._deaths[suspect]
+        place = f"plugin.{self.plugin}"
+        detail = f"its process {why}, {count} times"
+        self._bury(DeadLetter(place, reason, detail, suspect, "", time.time(), consumer=self.consumer.name))
+        self._orders.skip = [*(seq for seq in self._orders.skip if seq > self.cursor), suspect]
+        self.errors += 1
+        self._base = (self._base[0], self._base[1] + 1, self._base[2])
+        log.error("consumer %s: bus_seq %d is buried: %s", self.consumer.name, suspect, detail)
+        return True
+
+    def _one_life(self) -> tuple[str, str]:
+        """Run one child to its end: the reason code and what happened."""
+        self._base = (self.handled, self.errors, self.over_budget)
+        self._at = 0
+        try:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "tapebus.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                bufsize=0,
+                env=self._environment,
+                # a group of its own: what it has started ends with it
+                start_new_session=True,
+            )
+        except OSError as error:
+            return CRASHED, f"cannot be started: {error.strerror}"
         assert child.stdin is not None and child.stdout is not None
-        with child.stdout, contextlib.suppress(BrokenPipeError):
-            child.stdin.write(msgspec.json.encode(self._orders) + b"\n")
+        self._child = child
+        with child.stdin, child.stdout:
+            try:
+                child.stdin.write(msgspec.json.encode(self._orders) + b"\n")
+                outcome = self._listen(child)
+            except BrokenPipeError:
+                outcome = None
+            return outcome or self._bury_child(child)
+
+    def _listen(self, child: subprocess.Popen[bytes]) -> tuple[str, str] | None:
+        """Hear the child until it ends (None) or has to be ended (why)."""
+        assert child.stdout is not None
+        fd, wait = child.stdout.fileno(), self._start_s
+        with _ending(child) as ended:
             buffer = b""
-            wait = START_S
+            heard_at = time.monotonic()
             while True:
-                ready, _, _ = select.select([child.stdout], [], [], wait)
-                if not ready:
-                    child.kill()
-                    child.wait()
-                    return f"made no progress for {wait:g} s and was killed"
-                piece = os.read(child.stdout.fileno(), 65536)
-                if not piece:
-                    break
-                wait = self._deadline_s
-                *lines, buffer = (buffer + piece).split(b"\n")
-                for line in lines:
-                    self._hear(line)
+                until = min(heard_at + wait, self._stop_at) if self._wanted != "running" else heard_at + wait
+                ready = select.select([fd, ended, self._bell_read], [], [], max(0.0, until - time.monotonic()))[0]
+                if self._bell_read in ready:
+                    os.read(self._bell_read, 4096)
+                    self._tell(child)
+                elif not ready:
+                    self._kill(child)
+                    return TIMEOUT, f"made no progress for {wait:g} s and was killed"
+                elif fd in ready:
+                    piece = os.read(fd, 65536)
+                    if not piece:
+                        return None
+                    wait, heard_at = self.consumer.faults.deadline_s, time.monotonic()
+                    *lines, buffer = (buffer + piece).split(b"\n")
+                    for line in lines:
+                        self._hear(line)
+                else:
+                    return None
+
+    def _tell(self, child: subprocess.Popen[bytes]) -> None:
+        assert child.stdin is not None
+        with contextlib.suppress(OSError):
+            if self._wanted == "running":
+                again = [[each.id, each.bus_seq] for each in self._again.values()]
+                child.stdin.write(msgspec.json.encode({"again": again}) + b"\n")
+            else:
+                child.stdin.close()
+
+    def _kill(self, child: subprocess.Popen[bytes]) -> None:
+        child.kill()
+        self._bury_child(child)
+
+    def _bury_child(self, child: subprocess.Popen[bytes]) -> tuple[str, str]:
+        """Wait for the end of the child, and end what it has left behind."""
+        # not reaped yet, so that its number cannot be somebody else's
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.pid, signal.SIGKILL)
         code = child.wait()
-        return f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        if code == EXIT_MEMORY:
+            return CRASHED, f"needed more than its {self.consumer.faults.memory_mb} MB"
+        return CRASHED, f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
 
     def _hear(self, line: bytes) -> None:
-        failpoint("supervisor.on_report")
         report: dict[str, Any] = msgspec.json.decode(line)
         if "dead" in report:
             self._bury(msgspec.convert(report["dead"], DeadLetter, strict=False))
-            return
-        self.cursor = report["cursor"]
-        self.handled = report["handled"]
-        self.errors = report["errors"]
+        elif "trying" in report:
+            self._trying = (report["trying"][0], report["trying"][1])
+            self._at = self._trying[0]
+        elif "at" in report:
+            self._at = report["at"] or self._at
+        elif "settling" in report:
+            self._settling = report["settling"]
+        elif "settled" in report:
+            self._settling = 0
+            for number in report["settled"]:
+                self._again.pop(number, None)
+            self._purge(report["settled"])
+        else:
+            self._take(report)
+
+    def _take(self, report: dict[str, Any]) -> None:
+        if report["cursor"] > self.cursor:
+            self.cursor = self._orders.start = report["cursor"]
+            self._deaths = {seq: count for seq, count in self._deaths.items() if seq > self.cursor}
+        self.handled = self._base[0] + report["handled"]
+        self.errors = self._base[1] + report["errors"]
+        self.over_budget = self._base[2] + report["over_budget"]
         self.last_error = report["last_error"] or self.last_error
-        self._become(report["state"])
+        self.breaker.opened = report["opened"]
+        self.breaker.become(report["state"], report["reason"])
+        if report["first"] and self._again and self._child is not None:
+            self._tell(self._child)
+
+    # -- steering, from any thread -------------------------------------------------------------------
 
     def pause(self) -> None:
-        raise ValueError("a consumer in its own process cannot be paused: disable its plugin")
+        """End the child; its cursor stands still."""
+        self._ring("paused")
+        self.breaker.become("paused", "asked for")
 
-    resume = pause
+    def resume(self) -> None:
+        """Start the child, anew where there is one, from its cursor."""
+        self._ring("again" if self.breaker.state != "paused" else "running")
+
+    def redeliver(self, letters: list[DeadLetter]) -> None:
+        """Ask for these dead letters to be handled once more."""
+        self._again.update({each.id: each for each in letters})
+        self._ring("running" if self._wanted == "again" else self._wanted)
 
     def stop(self) -> None:
-        """Ask the child to finish its batch and end; kill it after two seconds."""
-        self._stopping.set()
-        child = self._child
-        if child is None or child.stdin is None:
-            return
-        with contextlib.suppress(OSError):
-            child.stdin.close()
-        try:
-            child.wait(2.0)
-        except subprocess.TimeoutExpired:
-            child.kill()
+        """Ask the child to finish its batch and end; its thread kills it after two seconds."""
+        self._ring("stopped")
+
+
+@contextlib.contextmanager
+def _ending(child: subprocess.Popen[bytes]) -> Iterator[int]:
+    """A descriptor that becomes readable when the child ends, whoever still holds its output open."""
+    fd = os.pidfd_open(child.pid) if hasattr(os, "pidfd_open") else os.open(os.devnull, os.O_WRONLY)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _only(config: Config, plugin: str) -> Config:
+    """`config` without what is other plugins' business."""
+    enabled = [plugin, *needed(config, plugin)]
+    tables = {name: table for name, table in config.plugins.tables.items() if name in enabled}
+    return msgspec.structs.replace(config, plugins=Plugins(enabled, tables), sources=[])
+
+
+def environment(table: Any) -> dict[str, str]:
+    """The variables a child gets: the common ones, and those its own table takes a secret from."""
+    names = {*ENVIRONMENT, *_named(table)}
+    return {name: value for name, value in os.environ.items() if name in names or name.startswith("LC_")}
+
+
+def _named(table: Any) -> Iterator[str]:
+    if isinstance(table, dict):
+        if set(table) == {"env"}:
+            yield str(table["env"])
+        for each in table.values():
+            yield from _named(each)
+    elif isinstance(table, list):
+        for each in table:
+            yield from _named(each)

@@ -119,6 +119,7 @@ class TapeWriter(threading.Thread):
             dead,
             self.ring.topics.after(self._topics_done),
             counters if counters != self._counters_done else {},
+            [number for unit in units for number in unit.settled],
         )
         while True:
             try:

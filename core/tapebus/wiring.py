@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -12,8 +12,8 @@ from tapebus import plugins
 from tapebus._ring import Ring
 from tapebus.config import Config
 from tapebus.consumer import Consumer
+from tapebus.deadline import within
 from tapebus.errors import PluginError
-from tapebus.events import DeadLetter
 from tapebus.fence import Fence, PluginContext
 from tapebus.store import StoreReader, Unit
 
@@ -35,14 +35,12 @@ class Wiring:
         config: Config,
         ring: Ring,
         store: StoreReader | None,
-        bury: Callable[[DeadLetter], None],
     ) -> None:
         self.contexts: dict[str, PluginContext] = {}
         self.inline: list[Fence] = []
         self.threads: list[Fence] = []
         self.processes: list[tuple[str, Consumer]] = []
         self._ring = ring
-        self._bury = bury
         saved = store.cursors() if store is not None else {}
         last_seq = store.last_seq() if store is not None else 0
         first_seq = store.first_seq() if store is not None else 1
@@ -52,9 +50,15 @@ class Wiring:
             state = store.state(name) if store is not None else {}
             context = PluginContext(name, config.plugin(name), config.data_dir, state, time.time)
             self.contexts[name] = context
-            consumers = plugins.call_one(manager, "tapebus_register_consumers", name, context=context) or []
+            consumers = within(
+                config.bus.start_s,
+                f"plugin {name!r}: tapebus_register_consumers",
+                partial(plugins.call_one, manager, "tapebus_register_consumers", name, context=context),
+            )
+            consumers = consumers or []
             _check_modes(name, consumers)
             for consumer in consumers:
+                consumer.faults = consumer.faults.changed_by(config.faults(name), name)
                 if consumer.mode == "process":
                     self.processes.append((name, consumer))
                     continue
@@ -75,7 +79,7 @@ class Wiring:
         def send(unit: Unit, frame: bytes) -> None:
             self._ring.inject(frame, producer, unit)
 
-        return Fence(consumer, plugin, context, cursor, ahead, send, self._bury)
+        return Fence(consumer, plugin, context, cursor, ahead, send)
 
     @property
     def fences(self) -> list[Fence]:
@@ -123,5 +127,13 @@ def figures(fence: Fence | ProcessConsumer, last_seq: int, lag_ms: float) -> dic
         "state": fence.state,
         "over_budget": fence.over_budget,
         "last_error": fence.last_error,
-        "history": [[at, state] for at, state in fence.history],
+        "breaker": {
+            "state": "closed" if fence.breaker.state == "running" else fence.breaker.state,
+            "reason": fence.breaker.reason,
+            "opened": fence.breaker.opened,
+            "retry_in_s": round(fence.breaker.retry_in, 3),
+        },
+        "hanging": fence.hanging,
+        "restarts": getattr(fence, "restarts", 0),
+        "history": [list(each) for each in fence.breaker.history],
     }

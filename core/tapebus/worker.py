@@ -16,7 +16,9 @@ import secrets
 import select
 import signal
 import sys
+import threading
 import time
+from collections import deque
 from typing import Any
 
 import msgspec
@@ -25,7 +27,7 @@ from tapebus import plugins
 from tapebus.config import Config
 from tapebus.consumer import Consumer
 from tapebus.errors import PluginError
-from tapebus.events import DeadLetter
+from tapebus.events import DeadLetter, Event
 from tapebus.failpoints import failpoint
 from tapebus.fence import Fence, PluginContext
 from tapebus.publisher import Publisher
@@ -33,11 +35,16 @@ from tapebus.store import Commit, Unit
 from tapebus.tape import Tape
 from tapebus.wiring import identity
 
-#: Keys of the worker's own state that are not the plugin's: emitted events by number, and the epoch.
-_OUT, _EPOCH, _NEXT = "\x00out:", "\x00epoch", "\x00next"
+#: Keys of the worker's own state that are not the plugin's: emitted events by number, the epoch, settled letters.
+_OUT, _EPOCH, _NEXT, _SETTLED = "\x00out:", "\x00epoch", "\x00next", "\x00settled:"
 MAX_BATCH = 256
 IDLE_S = 1.0
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
+#: How a child ends whose plugin wants more memory than it may have.
+EXIT_MEMORY = 70
+#: Reports of a handler's progress per deadline.
+PULSES = 5
+MAX_FILES = 1024
 
 
 class Orders(msgspec.Struct):
@@ -48,7 +55,10 @@ class Orders(msgspec.Struct):
     consumer: str
     endpoint: str
     start: int
-    memory_bytes: int = 0
+    parent: int
+    #: Deliver one by one up to here, so that an event that ends the process can be told from its batch.
+    careful_to: int = 0
+    skip: list[int] = []
 
 
 class Outlet:
@@ -61,6 +71,7 @@ class Outlet:
         self._changes: dict[str, bytes | None] = {}
         if _EPOCH not in kept:
             kept[_EPOCH] = self._changes[_EPOCH] = (secrets.randbits(63) | 1).to_bytes(8, "big")
+        self.settled = {int(k.removeprefix(_SETTLED)) for k in kept if k.startswith(_SETTLED)}
         waiting = {int(k.removeprefix(_OUT)): v for k, v in kept.items() if k.startswith(_OUT)}
         self._next = int.from_bytes(kept.get(_NEXT, b"\1"), "big")
         first = min(waiting, default=self._next)
@@ -86,11 +97,18 @@ class Outlet:
         for number in range(self._oldest, pending):
             self._changes[f"{_OUT}{number:020d}"] = None
         self._oldest = max(self._oldest, pending)
+        for letter in unit.dead:
+            _report({"dead": msgspec.to_builtins(letter)})
+        for number in unit.settled:
+            self._changes[f"{_SETTLED}{number}"] = b""
+            self.settled.add(number)
         unit.namespace = self._namespace
         unit.state = {**unit.state, **self._changes}
         self._changes = {}
         failpoint("worker.before_commit")
         self._store.commit(Commit(units=[unit]))
+        if unit.settled:
+            _report({"settled": unit.settled})
         failpoint("worker.after_commit")
         for raw in events:
             while not self.publisher.outbox.append(raw):
@@ -106,7 +124,8 @@ class Worker:
 
     def __init__(self, orders: Orders) -> None:
         config = orders.config
-        self._manager = plugins.load([orders.plugin, *_needed(config, orders.plugin)])
+        self._orders = orders
+        self._manager = plugins.load([orders.plugin, *needed(config, orders.plugin)], deadline_s=config.bus.start_s)
         directory = config.data_dir / "workers" / orders.consumer
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._store = self._manager.hook.tapebus_open_store(data_dir=directory, config={}, readonly=False)
@@ -116,8 +135,15 @@ class Worker:
         context = PluginContext(orders.plugin, config.plugin(orders.plugin), config.data_dir, state, time.time)
         self._context = context
         self._consumer = self._find(orders)
-        cursor = saved.cursor if saved is not None else orders.start
-        self.fence = Fence(self._consumer, orders.plugin, context, cursor, [], self._outlet.commit, self._bury)
+        if saved is None:
+            # from now on "now" is this moment, however often the process or the bus are started again
+            saved = Unit(orders.consumer, orders.start)
+            self._outlet.commit(saved, b"")
+        ahead = [*saved.ahead, *orders.skip]
+        self.fence = Fence(
+            self._consumer, orders.plugin, context, saved.cursor, ahead, self._outlet.commit, _end_without_memory
+        )
+        self._again: deque[tuple[int, int]] = deque()
         self._tape = Tape.open(config.data_dir)
 
     def _find(self, orders: Orders) -> Consumer:
@@ -126,70 +152,138 @@ class Worker:
         )
         for consumer in found:
             if consumer.name == orders.consumer:
+                consumer.faults = consumer.faults.changed_by(orders.config.faults(orders.plugin), orders.plugin)
                 return consumer
         raise PluginError(f"plugin {orders.plugin!r} registers no consumer {orders.consumer!r} in its own process")
-
-    def _bury(self, letter: DeadLetter) -> None:
-        _report({"dead": msgspec.to_builtins(letter)})
 
     def run(self) -> None:
         """Deliver until standard input ends."""
         plugins.call_one(self._manager, "tapebus_start", self._context.name, context=self._context)
-        failpoint("worker.started")
-        self._progress()
-        while not _told_to_stop():
+        self._progress(first=True)
+        threading.Thread(target=self._pulse, name="tapebus-pulse", daemon=True).start()
+        while self._obey(0.0):
             self.fence.tick(time.monotonic())
-            if not self._deliver():
+            if self._again and self.fence.ready:
+                self._settle()
+            elif not self._deliver():
                 self.fence.close_unit()
-                next(self._tape.follow(self.fence.cursor, idle_timeout=IDLE_S), None)
+                self._idle()
             self._progress()
-        failpoint("worker.stopping")
         self.fence.close_unit(force=True)
         self._outlet.publisher.close(timeout=1.0)
         plugins.call_one(self._manager, "tapebus_stop", self._context.name, context=self._context)
         self._tape.close()
         self._store.close()
 
+    def _idle(self) -> None:
+        fence = self.fence
+        if fence.ready:
+            next(self._tape.follow(fence.cursor, idle_timeout=IDLE_S), None)
+        else:
+            self._obey(min(fence.breaker.retry_in or IDLE_S, IDLE_S))
+
     def _deliver(self) -> bool:
         fence = self.fence
         last = self._tape.last_seq
         if not fence.ready or fence.cursor >= last:
             return False
-        events = list(self._tape.read(fence.cursor, topics=list(self._consumer.topics), limit=MAX_BATCH))
+        limit = 1 if fence.cursor < self._orders.careful_to else MAX_BATCH
+        events = list(self._tape.read(fence.cursor, topics=list(self._consumer.topics), limit=limit))
         events = [event for event in events if event.bus_seq <= last]
-        fence.offer(events, events[-1].bus_seq if len(events) == MAX_BATCH else last)
+        if events:
+            _report({"trying": (events[0].bus_seq, events[-1].bus_seq)})
+        fence.offer(events, events[-1].bus_seq if len(events) == limit else last)
         return True
 
-    def _progress(self) -> None:
+    def _settle(self) -> None:
+        number, seq = self._again.popleft()
+        if number in self._outlet.settled:
+            _report({"settled": [number]})
+            return
+        _report({"settling": number})
+        self.fence.redeliver([DeadLetter("", "", bus_seq=seq, id=number)])
+        self.fence.settle(self._fetch)
+
+    def _fetch(self, seq: int) -> Event | None:
+        event: Event | None = next(self._tape.read(after=seq - 1, limit=1), None)
+        return event if event is not None and event.bus_seq == seq else None
+
+    def _obey(self, timeout: float) -> bool:
+        """Take orders that came on the way within `timeout` seconds; False at their end."""
+        if not select.select([_orders_fd], [], [], timeout)[0]:
+            return True
+        line = _read_line()
+        for number, seq in msgspec.json.decode(line)["again"] if line else ():
+            if (number, seq) not in self._again:
+                self._again.append((number, seq))
+        return bool(line)
+
+    def _pulse(self) -> None:
+        """Report where the handler is while it moves; silence is what the supervisor kills for."""
+        pause = threading.Event()
+        doing, last = self.fence.doing, None
+        while not pause.wait(self._consumer.faults.deadline_s / PULSES):
+            now = doing.progress
+            if not now[0] or now != last:
+                event = doing.event
+                _report({"at": event.bus_seq if event is not None else 0})
+            last = now
+
+    def _progress(self, first: bool = False) -> None:
         fence = self.fence
         _report(
             {
+                "first": first,
                 "cursor": fence.cursor,
                 "handled": fence.handled,
                 "errors": fence.errors,
+                "over_budget": fence.over_budget,
                 "state": fence.state,
+                "reason": fence.breaker.reason,
+                "opened": fence.breaker.opened,
                 "last_error": fence.last_error,
             }
         )
 
 
-def _needed(config: Config, plugin: str) -> list[str]:
+def needed(config: Config, plugin: str) -> list[str]:
     """The other plugins a worker loads: those that define event types or the store."""
     return [name for name in ("schema", "store") if name in config.plugins.enabled and name != plugin]
 
 
+#: Where orders come from and reports go to: not 0 and 1, which belong to whatever the plugin prints or reads.
+_orders_fd = _reports_fd = -1
+_reporting = threading.Lock()
+
+
 def _report(message: dict[str, Any]) -> None:
-    sys.stdout.buffer.write(msgspec.json.encode(message) + b"\n")
-    sys.stdout.buffer.flush()
+    data = msgspec.json.encode(message) + b"\n"
+    with _reporting:
+        while data:
+            data = data[os.write(_reports_fd, data) :]
 
 
-def _told_to_stop() -> bool:
-    ready, _, _ = select.select([0], [], [], 0)
-    return bool(ready) and not os.read(0, 4096)
+def _read_line() -> bytes:
+    """The next line of orders; empty at their end."""
+    line = b""
+    while not line.endswith(b"\n"):
+        piece = os.read(_orders_fd, 1)
+        if not piece:
+            return b""
+        line += piece
+    return line
 
 
-def main() -> None:
-    """Follow the orders on standard input."""
+def _keep_the_pipes() -> None:
+    global _orders_fd, _reports_fd
+    _orders_fd, _reports_fd = os.dup(0), os.dup(1)
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)
+    os.dup2(2, 1)
+
+
+def _confine(parent: int) -> None:
+    """Give up what a plugin does not need, and die with the bus."""
     # the parent decides when to stop; a terminal's or PM2's SIGINT reaches the whole tree
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -197,16 +291,45 @@ def main() -> None:
         libc = ctypes.CDLL(None)
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    line = b""
-    while not line.endswith(b"\n"):
-        piece = os.read(0, 1 << 20)
-        if not piece:
-            return
-        line += piece
+        # a fork forgets it; what the plugin starts by exec instead ends with the process group
+        os.register_at_fork(after_in_child=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL))
+        # should the system run out of memory, rather this process than the bus
+        with open("/proc/self/oom_score_adj", "w") as file:
+            file.write("500")
+        if os.getppid() != parent:
+            os._exit(0)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    files = MAX_FILES if most == resource.RLIM_INFINITY else min(MAX_FILES, most)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+
+
+def _limit_memory(megabytes: int) -> None:
+    """Bound private memory; the tape, which is mapped shared and may be large, does not count."""
+    if megabytes:
+        resource.setrlimit(resource.RLIMIT_DATA, (megabytes << 20, megabytes << 20))
+
+
+def _end_without_memory(error: BaseException) -> None:
+    # no fault of the event in hand: what leaks is gone with the process, and the cursor is kept
+    if isinstance(error, MemoryError):
+        os._exit(EXIT_MEMORY)
+
+
+def main() -> None:
+    """Follow the orders on standard input."""
+    _keep_the_pipes()
+    line = _read_line()
+    if not line:
+        return
     orders = msgspec.json.decode(line, type=Orders)
-    if orders.memory_bytes:
-        resource.setrlimit(resource.RLIMIT_AS, (orders.memory_bytes, orders.memory_bytes))
-    Worker(orders).run()
+    _confine(orders.parent)
+    worker = Worker(orders)
+    _limit_memory(worker.fence.consumer.faults.memory_mb)
+    try:
+        worker.run()
+    except MemoryError as error:
+        _end_without_memory(error)
 
 
 if __name__ == "__main__":

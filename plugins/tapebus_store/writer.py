@@ -207,6 +207,8 @@ class LmdbStore(LmdbReader):
             self._put(txn, "meta", books.TOPIC_PREFIX + str(number).encode(), name.encode())
         for name, figure in commit.counters.items():
             self._put(txn, "meta", books.COUNTER_PREFIX + name.encode(), str(figure).encode())
+        if commit.settled:
+            self._purge(txn, tape, commit.settled)
         for letter in commit.dead:
             tape.last_dead += 1
             tape.dead += 1
