@@ -66,7 +66,11 @@ def test_an_open_breaker_tries_one_event_and_closes_by_itself(embed):
         ("broken", plugin(Consumer(name="broken", topics=["*"], handler=broken, faults=policy))),
     )
     bus.publish(100)
-    wait_until(lambda: [s for _, s, _ in bus.consumer("broken")["history"]][:3] == ["open", "half-open", "open"], "a try")
+
+    def states() -> list[str]:
+        return [state for _, state, _ in bus.consumer("broken")["history"]]
+
+    wait_until(lambda: states()[:3] == ["open", "half-open", "open"], "a try")
     broken.healed = True
     wait_until(lambda: bus.consumer("broken")["cursor"] == 100, "the rest")
     assert bus.consumer("broken")["state"] == "running"
