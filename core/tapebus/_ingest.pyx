@@ -250,10 +250,11 @@ cdef class Ingest:
     def run(self):
         """Receive until `stop`. Returns only then; no exception leaves the loop for a producer's mistake."""
         cdef pollitem_t polls[MAX_SOCKETS + 1]
+        cdef int polled[MAX_SOCKETS + 1]
         cdef int i, n
         cdef long timeout
         cdef uint64_t count
-        cdef bint held = False
+        cdef bint held = False, legacy_held = False
         with nogil:
             while not tb_load(&self.stopping):
                 polls[0].socket = NULL
@@ -262,15 +263,19 @@ cdef class Ingest:
                 polls[0].revents = 0
                 n = 1
                 held = not self.ring.has_room(self.max_frame) and not self.stalled()
-                if not tb_load(&self.stop_reading) and not held:
+                legacy_held = not self.has_legacy_room() and not self.stalled()
+                if not tb_load(&self.stop_reading):
                     for i in range(self.n_sources):
+                        if held if self.sources[i].router else legacy_held:
+                            continue
                         polls[n].socket = self.sources[i].socket
                         polls[n].fd = 0
                         polls[n].events = POLL_IN
                         polls[n].revents = 0
+                        polled[n] = i
                         n += 1
                 # a full ring empties within a commit; a tape that stands still is noticed by the timeout
-                timeout = 2 if held else -1
+                timeout = 2 if legacy_held else -1
                 if zmq_poll(polls, n, timeout) < 0 and errno != EINTR:
                     break
                 if polls[0].revents:
@@ -278,21 +283,28 @@ cdef class Ingest:
                 self.empty_mailbox()
                 for i in range(1, n):
                     if polls[i].revents & POLL_IN:
-                        if self.sources[i - 1].router:
-                            self.read_router(i - 1)
+                        if self.sources[polled[i]].router:
+                            self.read_router(polled[i])
                         else:
-                            self.read_frames(&self.sources[i - 1])
+                            self.read_frames(&self.sources[polled[i]])
                 self.send_acks()
                 self.forget_silent_sessions()
             self.empty_mailbox()
             self.send_acks()
             self.say_goodbye()
 
+    cdef bint has_legacy_room(self) noexcept nogil:
+        """Whether a fire-and-forget frame may enter: the last quarter is for producers that number their events."""
+        cdef int64_t entries = <int64_t>self.ring.mask // 4
+        cdef int64_t size = max(<int64_t>0, min(self.ring.max_bytes // 4, self.ring.max_bytes - 2 * <int64_t>self.max_frame))
+        return self.ring.has_room(self.max_frame + size) and (
+            self.ring.head - tb_load(&self.ring.tail) <= <int64_t>self.ring.mask - entries)
+
     cdef bint stalled(self) noexcept nogil:
-        """Whether the ring is full and the tape has not moved for a second."""
+        """Whether there is no room for fire-and-forget frames and the tape has not moved for a second."""
         cdef int64_t tail = tb_load(&self.ring.tail)
         cdef int64_t now = monotonic_us()
-        if self.ring.has_room(self.max_frame) or tail != self.tail_seen or self.tail_seen_us == 0:
+        if self.has_legacy_room() or tail != self.tail_seen or self.tail_seen_us == 0:
             self.tail_seen = tail
             self.tail_seen_us = now
             return False
@@ -355,7 +367,7 @@ cdef class Ingest:
         cdef int i, n
         cdef bint shedding = False
         for i in range(BURST):
-            if not self.ring.has_room(self.max_frame):
+            if not self.has_legacy_room():
                 # wait for the tape, unless it stands still: a blocked PUSH.send would hang a trading process
                 shedding = self.stalled()
                 if not shedding:

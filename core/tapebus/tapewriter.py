@@ -19,8 +19,9 @@ from tapebus.store import Block, Commit, Store, Unit
 log = logging.getLogger("tapebus.tape")
 MAX_BLOCK_BYTES = 512 << 10
 MAX_BLOCK_EVENTS = 16384
-#: Dead letters waiting for a commit; beyond it they are counted, not kept.
+#: Dead letters waiting for a commit, and the bytes they hold; beyond it they are counted, not kept.
 MAX_WAITING_DEAD = 10_000
+MAX_WAITING_BYTES = 16 << 20
 UPKEEP_BUSY_S, UPKEEP_IDLE_S = 1.0, 10.0
 
 
@@ -44,6 +45,8 @@ class TapeWriter(threading.Thread):
         self._fail = fail
         self._counters = counters
         self._dead: deque[DeadLetter] = deque()
+        #: A bound, not an account: counted without a lock, and from 0 again with each commit.
+        self._dead_bytes = 0
         self._purge: deque[Any] = deque()
         self._topics_done = len(store.topics()) if store is not None else 0
         self._counters_done: dict[str, int] = {}
@@ -57,9 +60,10 @@ class TapeWriter(threading.Thread):
 
     def bury(self, letter: DeadLetter) -> None:
         """Keep a dead letter with the next commit; from any thread."""
-        if len(self._dead) >= MAX_WAITING_DEAD:
+        if len(self._dead) >= MAX_WAITING_DEAD or self._dead_bytes + len(letter.raw) > MAX_WAITING_BYTES:
             self.dead_lost += 1
             return
+        self._dead_bytes += len(letter.raw)
         self._dead.append(letter)
         self.ring.wake_tape()
 
@@ -96,6 +100,7 @@ class TapeWriter(threading.Thread):
                 failpoint("tape.after_purge")
         else:
             self._dead.clear()
+            self._dead_bytes = 0
         self.ring.acknowledge(changed)
         failpoint("tape.after_ack")
         if block is not None:
@@ -110,6 +115,7 @@ class TapeWriter(threading.Thread):
     def _commit(self, block: Block | None, units: list[Unit], changed: list[int]) -> None:
         assert self.store is not None
         dead = [self._dead.popleft() for _ in range(len(self._dead))]
+        self._dead_bytes = 0
         dead += [letter for unit in units for letter in unit.dead]
         counters = self._counters()
         commit = Commit(
