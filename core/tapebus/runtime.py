@@ -45,7 +45,7 @@ from tapebus.wiring import Wiring, identity
 log = logging.getLogger("tapebus")
 #: Messages libzmq may hold per connection before the ring takes them: a high-water mark counts messages, not
 #: bytes, and a message may have `MAX_FRAME` of them.
-RECEIVE_HWM = 256
+RECEIVE_HWM = 64
 SEND_HWM = 1000
 UNSEQUENCED = "ingest"
 #: Seconds that closing sockets, plugins and store may take beyond the drain before the process ends anyway.

@@ -186,7 +186,7 @@ def test_frames_beyond_the_limit_and_messages_of_many_parts_cost_a_connection_an
 
 
 def test_many_connections_cost_little_each_and_leave_room_for_the_others(make_bus, size, figures):
-    count = size(500, 5000, 10_000)
+    count = size(500, 5000, 8000)
     bus = make_bus(["schema", "store"]).start()
     before = bus.stats()["bus"]["rss_bytes"]
     opened = 0
