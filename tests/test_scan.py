@@ -14,6 +14,7 @@ from tapebus._scan import (
     EXTENSION_FLAG,
     JSON_FLAG,
     NONFINITE_FLAG,
+    NOT_UTF8_FLAG,
     UNTIMED_FLAG,
     WIDE_FLAG,
     Topics,
@@ -219,3 +220,17 @@ def test_whole_seconds_of_every_width_are_times(seconds):
     for encode in (msgspec.msgpack.encode, msgspec.json.encode):
         [item] = scan(Topics(), encode({"event_type": "a", "timestamp": seconds, "data": {}}))
         assert item["time"] == seconds and not item["flags"] & UNTIMED_FLAG
+
+
+@pytest.mark.parametrize("encode", [msgspec.msgpack.encode, encode_json])
+@pytest.mark.parametrize("wrong", [b"\xff?", b"\xc0\x80", b"\xf5?", b"?\xe2"])
+def test_text_that_is_not_utf8_is_marked_wherever_it_stands(encode, wrong):
+    event = {"event_type": "a", "timestamp": 1.0, "source": "??", "x??": "??", "data": {"n??": 1, "deep": [{"??": 2}]}}
+    frame = encode(event)
+    places = [place for place in range(len(frame)) if frame[place : place + 2] == b"??"]
+    assert len(places) == 5
+    for place in places:
+        [item] = scan(Topics(), frame[:place] + wrong + frame[place + 2 :])
+        assert item["flags"] & NOT_UTF8_FLAG
+    [item] = scan(Topics(), frame.replace(b"??", "é".encode()))
+    assert not item["flags"] & NOT_UTF8_FLAG

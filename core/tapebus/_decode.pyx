@@ -9,7 +9,7 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from tapebus._blocks cimport BlockView
-from tapebus._scan cimport ALIASED, EXTENSION, JSON, NONFINITE, UNTIMED, WIDE, Topics
+from tapebus._scan cimport ALIASED, EXTENSION, JSON, NONFINITE, NOT_UTF8, UNTIMED, WIDE, Topics
 
 from tapebus.events import Event
 
@@ -47,7 +47,7 @@ SINGLE_RUN = SINGLE
 
 
 cdef inline int kind_of(Topics topics, uint16_t topic, uint8_t flags) noexcept nogil:
-    if flags & (ALIASED | NONFINITE | EXTENSION | UNTIMED | WIDE) or not topics.typed[topic]:
+    if flags & (ALIASED | NONFINITE | EXTENSION | UNTIMED | WIDE | NOT_UTF8) or not topics.typed[topic]:
         return SINGLE
     return flags & JSON
 

@@ -11,6 +11,7 @@ cdef enum:
     EXTENSION = 8     # holds a MessagePack extension other than a timestamp
     UNTIMED = 16      # the timestamp is not a plain number
     WIDE = 32         # holds an integer that 64 bits cannot
+    NOT_UTF8 = 64     # holds text that is not UTF-8, perhaps where a typed decoder does not look
 
     MAX_DEPTH = 32
     MAX_TOPICS = 4096

@@ -7,6 +7,7 @@ NONFINITE_FLAG: int
 EXTENSION_FLAG: int
 UNTIMED_FLAG: int
 WIDE_FLAG: int
+NOT_UTF8_FLAG: int
 REASONS: dict[int, str]
 
 class Item(TypedDict):

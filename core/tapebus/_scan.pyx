@@ -32,7 +32,7 @@ cdef extern from *:
     uint64_t be64(const uint8_t *p) noexcept nogil
 
 JSON_FLAG, ALIASED_FLAG, NONFINITE_FLAG, EXTENSION_FLAG, UNTIMED_FLAG = JSON, ALIASED, NONFINITE, EXTENSION, UNTIMED
-WIDE_FLAG = WIDE
+WIDE_FLAG, NOT_UTF8_FLAG = WIDE, NOT_UTF8
 
 REASONS = {
     ERR_EMPTY: "the frame is empty",
@@ -217,15 +217,28 @@ cdef inline void remember_key(scan_t *s, const uint8_t *p, size_t n) noexcept no
         s.flags |= ALIASED
 
 
-cdef bint is_name(const uint8_t *p, size_t n) noexcept nogil:
-    """Whether the bytes are UTF-8 in its shortest form (RFC 3629) without surrogates and control characters."""
+cdef inline bint is_ascii(const uint8_t *p, size_t n) noexcept nogil:
+    cdef uint64_t eight, seen = 0
+    cdef uint8_t last = 0
+    while n >= 8:
+        memcpy(&eight, p, 8)
+        seen |= eight
+        p += 8
+        n -= 8
+    while n:
+        last |= p[0]
+        p += 1
+        n -= 1
+    return not (seen & 0x8080808080808080u) and last < 0x80
+
+
+cdef bint is_utf8(const uint8_t *p, size_t n) noexcept nogil:
+    """Whether the bytes are UTF-8 in its shortest form without surrogates (RFC 3629)."""
     cdef size_t i = 0, more, k
     cdef uint32_t c
     while i < n:
         c = p[i]
         i += 1
-        if c < 0x20 or c == 0x7f:
-            return False
         if c < 0x80:
             continue
         if 0xc2 <= c <= 0xdf:
@@ -249,6 +262,14 @@ cdef bint is_name(const uint8_t *p, size_t n) noexcept nogil:
         if (more == 2 and c < 0x800) or (more == 3 and (c < 0x10000 or c > 0x10ffff)) or 0xd800 <= c <= 0xdfff:
             return False
     return True
+
+
+cdef bint is_name(const uint8_t *p, size_t n) noexcept nogil:
+    cdef size_t i
+    for i in range(n):
+        if p[i] < 0x20 or p[i] == 0x7f:
+            return False
+    return is_utf8(p, n)
 
 
 cdef int finish(Topics topics, scan_t *s, item_t *item, const uint8_t *name, size_t name_size) noexcept nogil:
@@ -312,6 +333,11 @@ cdef inline const uint8_t *mp_count(const uint8_t *p, const uint8_t *end, uint8_
         n[0] = be32(p + 1)
         return p + 5
     return NULL
+
+
+cdef inline void check_text(const uint8_t *p, size_t n, scan_t *s) noexcept nogil:
+    if not is_ascii(p, n) and not is_utf8(p, n):
+        s.flags |= NOT_UTF8
 
 
 cdef const uint8_t *mp_skip(const uint8_t *p, scan_t *s, int depth) noexcept nogil:
@@ -392,7 +418,13 @@ cdef const uint8_t *mp_skip(const uint8_t *p, scan_t *s, int depth) noexcept nog
         return p
     else:
         return NULL
-    return p + size if left >= size else NULL
+    if left < size:
+        return NULL
+    if 0xa0 <= b <= 0xbf:
+        check_text(p + 1, size - 1, s)
+    elif 0xd9 <= b <= 0xdb:
+        check_text(p + 1 + (1 << (b - 0xd9)), size - 1 - (1 << (b - 0xd9)), s)
+    return p + size
 
 
 cdef const uint8_t *mp_data(const uint8_t *p, scan_t *s) noexcept nogil:
@@ -409,6 +441,7 @@ cdef const uint8_t *mp_data(const uint8_t *p, scan_t *s) noexcept nogil:
             s.error = ERR_NOT_EVENT
             return NULL
         remember_key(s, key, size)
+        check_text(key, size, s)
         q = mp_skip(p, s, 2)
         if q == NULL:
             return NULL
@@ -474,6 +507,8 @@ cdef const uint8_t *mp_event(Topics topics, const uint8_t *p, const uint8_t *end
             error[0] = ERR_SYNTAX if p != NULL else ERR_NOT_EVENT
             return NULL
         what = envelope_key(key, size)
+        if what == K_OTHER:
+            check_text(key, size, &s)
         if what == K_DATA:
             p = mp_data(p, &s)
         else:
@@ -701,6 +736,7 @@ cdef const uint8_t *js_event(Topics topics, const uint8_t *p, const uint8_t *end
     cdef scan_t s
     cdef uint8_t name[MAX_TOPIC_SIZE + 4]
     cdef uint8_t text[1024]
+    cdef const uint8_t *start = p
     cdef const uint8_t *key
     cdef const uint8_t *value
     cdef bint escaped
@@ -764,6 +800,7 @@ cdef const uint8_t *js_event(Topics topics, const uint8_t *p, const uint8_t *end
         if p[0] != 44:
             return NULL
         p = js_space(p + 1, end)
+    check_text(start, p - start, &s)
     error[0] = finish(topics, &s, item, name if name_size > 0 else NULL, name_size if name_size > 0 else 0)
     return p + 1 if error[0] == 0 else NULL
 
