@@ -11,10 +11,18 @@ from typing import Any, TypeVar
 from tapebus.errors import PluginError, TapebusError
 
 T = TypeVar("T")
+#: Innermost frames named in a message.
+FRAMES = 4
 
 
 class Overdue(TapebusError):
     """A call into a plugin did not return in time; its thread is left behind."""
+
+
+def _place(thread: int | None) -> str:
+    frame = sys._current_frames().get(thread or 0)
+    frames = traceback.extract_stack(frame)[-FRAMES:] if frame is not None else []
+    return " > ".join(f"{each.filename}:{each.lineno} {each.name}" for each in frames) or "an unknown place"
 
 
 def stack_of(thread: int | None) -> str:
@@ -42,8 +50,7 @@ def within(seconds: float, what: str, call: Callable[[], T]) -> T:
     thread.start()
     thread.join(seconds)
     if not outcome:
-        place = stack_of(thread.ident).strip().splitlines()[-2:]
-        raise Overdue(f"{what} did not return within {seconds:g} s; it stands at {' '.join(p.strip() for p in place)}")
+        raise Overdue(f"{what} did not return within {seconds:g} s; it stands at {_place(thread.ident)}")
     fine, found = outcome
     if fine:
         return found  # type: ignore[no-any-return]

@@ -50,6 +50,7 @@ SEND_HWM = 1000
 UNSEQUENCED = "ingest"
 #: Seconds that closing sockets, plugins and store may take beyond the drain before the process ends anyway.
 STOP_GRACE_S = 5.0
+FAILED_DRAIN_S = 1.0
 #: Seconds that a plugin may take for its end when the drain has used up its own.
 STOP_CALL_S = 0.5
 
@@ -264,7 +265,9 @@ class Runtime:
             return
         self._started = False
         failpoint("stop.asked")
-        deadline = time.monotonic() + self.config.bus.drain_s
+        drain_s = self.config.bus.drain_s
+        # after a failure there is nothing to wait for but threads that may never end
+        deadline = time.monotonic() + (drain_s if self._failure is None else min(drain_s, FAILED_DRAIN_S))
         for process in self.processes:
             process.stop()
         self.ingest.stop_reading_events()
