@@ -13,6 +13,11 @@ HERE = Path(__file__).parent
 BUILT = HERE.parents[1] / "build" / "faults"
 
 
+def has_compiler() -> bool:
+    """Whether `built` can build anything here."""
+    return bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc"))
+
+
 def built(name: str) -> Path:
     """The library of ``<name>.c``, to be named in LD_PRELOAD; skips the test where there is no compiler."""
     source, library = HERE / f"{name}.c", BUILT / f"{name}.so"
