@@ -196,17 +196,27 @@ def test_after_an_io_error_no_commit_is_tried_again(tmp_path: Path, monkeypatch:
     store.close()
 
 
-@pytest.mark.parametrize("part", [0.1, 0.5, 0.9, 0.99])
-def test_a_truncated_file_is_refused_instead_of_killing_the_process(tmp_path: Path, part: float) -> None:
+@pytest.mark.parametrize("part", [0.0, 0.1, 0.5, 0.9, 0.99])
+def test_a_truncated_file_is_refused_to_readers_and_replaced_by_what_is_sound(tmp_path: Path, part: float) -> None:
     store = open_store(tmp_path)
-    fill(store, 100, size=500)
+    made = raws(fill(store, 100, size=500))
     store.close()
     data = tmp_path / "tape" / "data.mdb"
     os.truncate(data, int(data.stat().st_size * part))
-    with pytest.raises(CorruptError, match="cut short"):
-        open_store(tmp_path)
-    with pytest.raises(CorruptError, match="cut short"):
+    with pytest.raises(CorruptError, match=r"damaged .*start the bus"):
         tapebus_store.tapebus_open_store(tmp_path, {}, True)
+    store = open_store(tmp_path)
+    holes = {seq for first, last in store.holes() for seq in range(first, last + 1)}
+    assert raws(store.blocks()) == [raw for seq, raw in enumerate(made, 1) if seq not in holes]
+    assert store.last_seq() == 500
+    assert [each.name for each in data.parent.glob("data.mdb.damaged-*")] == store.stats()["damaged_files"]
+    assert len(store.notices) == 1
+    fill(store, 1)
+    assert raws(store.blocks(500))
+    store.close()
+    again = open_store(tmp_path)
+    assert again.notices == []
+    again.close()
 
 
 def test_half_a_page_behind_the_last_commit_is_not_taken_for_damage(tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ class Backlog:
         self._load = load
         self._lossy = lossy
         self._from_tape: Iterator[Any] | None = None
+        self._goal = cursor
         self.cursor = cursor
         self.last_seq = last_seq
         self.lapped = load is not None and cursor < last_seq
@@ -93,6 +94,7 @@ class Backlog:
     def _next_from_tape(self) -> Any | None:
         assert self._load is not None
         if self._from_tape is None:
+            self._goal = self.last_seq
             self._from_tape = self._load(self.cursor)
         for item in self._from_tape:
             # sealing may merge blocks while they are read, so the same events can come again
@@ -100,6 +102,8 @@ class Backlog:
                 self.cursor = item.last_seq
                 return item
         self._from_tape = None
+        # what was on the tape when reading began has been read; the rest up to there is a hole
+        self.cursor = max(self.cursor, self._goal)
         with self._changed:
             # nothing was queued while lapped, so being level with the giver means having missed nothing
             if self.cursor >= self.last_seq:

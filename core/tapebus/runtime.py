@@ -134,7 +134,9 @@ class Runtime:
     def _wire_threads(self, last_seq: int) -> None:
         config = self.config
         self.statistics = Statistics(self)
-        self.tape = TapeWriter(self.ring, self.ingest, self.store, self._fail, self.statistics.durable_counters)
+        self.tape = TapeWriter(
+            self.ring, self.ingest, self.store, self._fail, self.statistics.durable_counters, self.alarm
+        )
         self.wiring = Wiring(self.manager, config, self.ring, self.store)
         restore(self.store, self.wiring.inline, self._tell_tape)
         saved = self.store.cursors().get(JUDGE) if self.store is not None else None
@@ -233,6 +235,8 @@ class Runtime:
             thread.start()
         for process in self.processes:
             process.start()
+        for notice in self.store.notices if self.store is not None else ():
+            self.alarm("store_damaged", "critical", notice, "raised")
 
     def _run_ingest(self) -> None:
         try:
@@ -346,6 +350,11 @@ class Runtime:
             **envelope,
         )
         self.ring.inject(msgspec.msgpack.encode(wire), self._own)
+
+    def alarm(self, name: str, severity: str, message: str, state: str) -> None:
+        """Put an `alert` on the tape; from any thread. `state` is ``raised`` or ``cleared``."""
+        fields = {"name": name, "severity": severity, "message": message[:2000], "state": state, "component": "store"}
+        self.publish("alert", fields, priority="critical")
 
     def stats(self) -> dict[str, Any]:
         """What ``tapebus stats --json`` prints."""

@@ -103,6 +103,7 @@ class Statistics:
                 "rss_bytes": resident_bytes(),
                 "acks_mean": "on disk" if runtime.store is not None else "dispatched",
                 "state": "store full" if runtime.tape.full else "running",
+                "lost": runtime.store.lost_events() if runtime.store is not None else 0,
             },
             "producers": [_row(each) for each in accounts if each.producer_id != books.UNSEQUENCED],
             "books": {**msgspec.structs.asdict(total), "line": total.line()},

@@ -133,6 +133,15 @@ class StoreReader(Protocol):
 
     def topics(self) -> dict[int, str]: ...
     def counters(self) -> dict[str, int]: ...
+    def holes(self) -> list[tuple[int, int]]:
+        """Inclusive ranges of sequence numbers whose events damage has taken from the tape."""
+
+    def lost_events(self) -> int:
+        """How many events that is, since the tape began."""
+
+    def verify(self) -> list[str]:
+        """Read everything and compare it with its checksums; what is wrong, as sentences. Not while a bus writes."""
+
     def blocks(
         self,
         after: int = 0,
@@ -142,7 +151,7 @@ class StoreReader(Protocol):
         until: float | None = None,
         reverse: bool = False,
     ) -> Iterator[Block]:
-        """Blocks that may hold events with ``bus_seq > after`` matching the filters, in bus order."""
+        """Blocks that may hold events with ``bus_seq > after`` matching the filters, in order; holes are skipped."""
 
     def blocks_of(self, correlation_id: str) -> Iterator[tuple[Block, list[int]]]:
         """Blocks with the offsets of events that probably carry this correlation id (a hash match)."""
@@ -159,7 +168,16 @@ class StoreReader(Protocol):
 
 
 class Store(StoreReader, Protocol):
-    """Write access, by one thread of one process; holds the lock on the data directory."""
+    """Write access, by one thread of one process; holds the lock on the data directory.
+
+    ``shortage`` says why room is short, "" while it is not: commits then live on a reserve, and no more
+    should be let in than must be. ``notices`` are sentences about what had to be done to open the tape.
+    """
+
+    shortage: str
+
+    @property
+    def notices(self) -> list[str]: ...
 
     def commit(self, commit: Commit) -> None:
         """Make `commit` durable before returning (commit and fsync).
@@ -167,6 +185,9 @@ class Store(StoreReader, Protocol):
         Raises `StoreFull` when disk or map are full (nothing was written, try again later) and
         `StoreError` on an I/O error (nothing may be acknowledged any more).
         """
+
+    def regain(self) -> bool:
+        """Try to take the reserve back; True when there is room again and ``shortage`` is over."""
 
     def maintain(self, now: float) -> bool:
         """Do one bounded piece of upkeep (sealing, retention, reader check); True when more waits."""

@@ -110,6 +110,15 @@ class Tape:
         blocks = takewhile(lambda block: block.first_seq <= last_seq, self._reader.blocks())
         return books.counted_by_source(blocks, raw_events, progress)
 
+    @property
+    def holes(self) -> list[tuple[int, int]]:
+        """Inclusive ranges of ``bus_seq`` that damage has taken from the tape; reading passes over them."""
+        return self._reader.holes()
+
+    def verify(self) -> list[str]:
+        """Compare everything on the tape with its checksums; what is wrong. Only while no bus runs on it."""
+        return self._reader.verify()
+
     def dead_letters(self, after: int = 0, limit: int | None = None) -> Iterator[DeadLetter]:
         """Dead letters with an id above `after`, oldest first."""
         return self._reader.dead(after, limit)

@@ -23,6 +23,10 @@ MAX_BLOCK_EVENTS = 16384
 MAX_WAITING_DEAD = 10_000
 MAX_WAITING_BYTES = 16 << 20
 UPKEEP_BUSY_S, UPKEEP_IDLE_S = 1.0, 10.0
+#: How often room is looked for while there is none.
+REGAIN_S = 0.5
+#: The alert that tells of a full disk or map, and of the end of that.
+FULL_ALERT = "store_full"
 
 
 class TapeWriter(threading.Thread):
@@ -35,6 +39,7 @@ class TapeWriter(threading.Thread):
         store: Store | None,
         fail: Callable[[BaseException], None],
         counters: Callable[[], dict[str, int]],
+        alarm: Callable[..., None],
     ) -> None:
         super().__init__(name="tapebus-tape", daemon=True)
         self.ring = ring
@@ -44,6 +49,7 @@ class TapeWriter(threading.Thread):
         self.deliver: Callable[[Block], None] = lambda block: None
         self._fail = fail
         self._counters = counters
+        self._alarm = alarm
         self._dead: deque[DeadLetter] = deque()
         #: A bound, not an account: counted without a lock, and from 0 again with each commit.
         self._dead_bytes = 0
@@ -53,7 +59,11 @@ class TapeWriter(threading.Thread):
         self._upkeep_at = time.monotonic() + UPKEEP_BUSY_S
         self.dead_lost = 0
         self.commits = 0
+        #: Nobody is granted credit, because room is short or gone.
         self.full = False
+        #: Not even what has arrived can be written.
+        self.stuck = False
+        self._regain_at = 0.0
         #: The last sequence number handed to dispatch, and when.
         self.done_seq = ring.last_seq
         self.done_at = time.time()
@@ -77,8 +87,10 @@ class TapeWriter(threading.Thread):
             while not (self.ring.stopped and not self._dead):
                 if not self._step():
                     self._upkeep()
+                    self._look_for_room()
                     if not self._dead and not self._purge:
-                        self.ring.wait(int(max(1.0, (self._upkeep_at - time.monotonic()) * 1e3)))
+                        due = min(self._upkeep_at, self._regain_at) if self.full else self._upkeep_at
+                        self.ring.wait(int(max(1.0, (due - time.monotonic()) * 1e3)))
         except BaseException as error:
             self._fail(error)
 
@@ -110,6 +122,7 @@ class TapeWriter(threading.Thread):
             failpoint("tape.after_deliver")
         if time.monotonic() >= self._upkeep_at:
             self._upkeep()
+        self._look_for_room()
         return True
 
     def _commit(self, block: Block | None, units: list[Unit], changed: list[int]) -> None:
@@ -133,22 +146,47 @@ class TapeWriter(threading.Thread):
                 break
             except StoreFull as error:
                 self._pause(error)
-        if self.full:
-            self.full = False
-            self.ingest.set_store_full(False)
-            log.warning("the store has room again, continuing")
+        if self.stuck:
+            self.stuck = False
+            log.warning("the store has room again, acknowledging goes on")
         self._topics_done += len(commit.topics)
         self._counters_done = counters
         self.commits += 1
 
     def _pause(self, error: StoreFull) -> None:
-        if not self.full:
-            self.full = True
-            self.ingest.set_store_full(True)
+        if not self.stuck:
+            self.stuck = True
             log.error("%s; acknowledging stops until there is room", error)
+        self._close_credit(str(error))
         if self.ring.stopped:
             raise StoreError(f"{error}; stopping with unwritten events, which their producers keep")
-        threading.Event().wait(0.5)
+        threading.Event().wait(REGAIN_S)
+
+    # -- room ------------------------------------------------------------------------------------
+
+    def _look_for_room(self) -> None:
+        """Close the credit of all producers when room gets short, open it when there is enough again."""
+        if self.store is None or not self.store.shortage:
+            return
+        self._close_credit(self.store.shortage)
+        if time.monotonic() < self._regain_at:
+            return
+        self._regain_at = time.monotonic() + REGAIN_S
+        if self.store.regain():
+            self.full = False
+            self.ingest.set_store_full(False)
+            log.warning("the store has room again, continuing")
+            self._alarm(FULL_ALERT, "warning", "the store has room again", "cleared")
+
+    def _close_credit(self, reason: str) -> None:
+        if self.full:
+            return
+        self.full = True
+        self._regain_at = time.monotonic() + REGAIN_S
+        self.ingest.set_store_full(True)
+        log.error("%s; producers are asked to wait", reason)
+        # goes to the tape like any event, with the room of the reserve
+        self._alarm(FULL_ALERT, "critical", f"{reason}: producers are asked to wait", "raised")
 
     def _upkeep(self) -> None:
         if time.monotonic() < self._upkeep_at:

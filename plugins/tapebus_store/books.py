@@ -14,13 +14,22 @@ VERSION_KEY = b"version"
 TAPE_KEY = b"tape"
 TOPIC_PREFIX = b"topic:"
 COUNTER_PREFIX = b"counter:"
+HOLE_PREFIX = b"hole:"
+
+#: Databases whose records are kept a second time, in ``mirror``: losing one page loses none of them.
+MIRROR = "mirror"
+MIRRORED = ("producers", "cursors", "state", "meta")
+#: LMDB's own limit.
+LONGEST_KEY = 511
 
 
 class TapeRecord(msgspec.Struct):
     """What must be known at once after opening, whatever the length of the tape; one per commit.
 
     Bytes are as stored (compressed). Blocks up to ``sealed_to`` are sealed; correlation runs up to
-    ``merged_to`` are of level 2, and ``runs`` of level 1 follow them.
+    ``merged_to`` are of level 2, and ``runs`` of level 1 follow them. ``txn`` is the transaction that
+    wrote the record: what it must be equal to tells a meta page with a flipped bit from a sound one.
+    ``lost`` counts events that were on the tape and could not be recovered.
     """
 
     last_seq: int = 0
@@ -39,6 +48,16 @@ class TapeRecord(msgspec.Struct):
     dead: int = 0
     newest: float = 0.0
     damaged: int = 0
+    txn: int = 0
+    lost: int = 0
+
+
+class Hole(msgspec.Struct, array_like=True):
+    """Events that are no longer on the tape although retention did not remove them; ``at`` in Unix seconds."""
+
+    first: int
+    last: int
+    at: float = 0.0
 
 
 def encode_version() -> bytes:
@@ -64,6 +83,19 @@ _packer = msgspec.msgpack.Encoder()
 encode = _packer.encode
 decode_tape = msgspec.msgpack.Decoder(TapeRecord).decode
 decode_producer = msgspec.msgpack.Decoder(ProducerBook).decode
+
+
+decode_hole = msgspec.msgpack.Decoder(Hole).decode
+
+
+def hole_key(hole: Hole) -> bytes:
+    return HOLE_PREFIX + hole.first.to_bytes(8, "big")
+
+
+def mirror_key(database: str, key: bytes) -> bytes:
+    """The key of a record's second copy, empty where it would be too long for one."""
+    name = database.encode() + b"\0" + key
+    return name if len(name) <= LONGEST_KEY else b""
 
 
 def producer_key(book: ProducerBook) -> bytes:

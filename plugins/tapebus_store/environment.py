@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import fcntl
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import lmdb
 
 from tapebus.errors import CorruptError, StoreError, TapebusError
+from tapebus_store.books import MIRROR
+from tapebus_store.preflight import look
+from tapebus_store.quarantine import admit, mark_open, sync_directory
 
 DATABASES = ("blocks", "corr", "producers", "cursors", "state", "dead", "meta")
 MiB = 1 << 20
@@ -85,6 +87,8 @@ class Environment:
         self.readonly = readonly
         self.map_size = map_size
         self.references = 0
+        #: What had to be done to the file before it could be opened, as sentences.
+        self.notices: list[str] = []
         self._pid = os.getpid()
         self._changed = threading.Condition()
         self._reading = 0
@@ -109,13 +113,20 @@ class Environment:
                 readahead=False,
                 mode=0o600,
             )
-            self.dbs = {name: self.env.open_db(name.encode(), create=not self.readonly) for name in DATABASES}
+            self.dbs = self._open_databases()
         except (lmdb.NotFoundError, lmdb.ReadonlyError) as error:
             raise StoreError(f"{self.path}: no tape here yet: start the bus once, or check --data-dir") from error
         except (lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError) as error:
             raise CorruptError(f"{data}: this is not a usable tape ({error}): restore it from a backup") from error
         except (lmdb.Error, OSError) as error:
             raise StoreError(f"{self.path}: the tape cannot be opened: {error}") from error
+
+    def _open_databases(self) -> dict[str, Any]:
+        if self.readonly:
+            return {name: self.env.open_db(name.encode(), create=False) for name in DATABASES}
+        # all or none of them: a tape that lacks one is taken for damaged
+        with self.env.begin(write=True) as txn:
+            return {name: self.env.open_db(name.encode(), txn) for name in (*DATABASES, MIRROR)}
 
     def check_process(self) -> None:
         """Raise `StoreError` in a forked child, where LMDB handles of the parent must not be used."""
@@ -216,17 +227,34 @@ def acquire(path: Path, *, readonly: bool, map_size: int) -> Environment:
     with _mutex:
         found = _shared.get(path)
         if found is None:
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if not data.exists():
-                _create(path, map_size)
-            _refuse_truncated(data)
+            notices = _make_fit(path, map_size) if not readonly else _refuse_damaged(data)
             found = _shared[path] = Environment(path, readonly=readonly, map_size=map_size)
+            found.notices = notices
             if not readonly:
                 _sync_names(path)
         elif found.readonly and not readonly:
+            mark_open(path)
             found.make_writable(map_size)
         found.references += 1
         return found
+
+
+def _make_fit(path: Path, map_size: int) -> list[str]:
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    notices = admit(path)
+    if not (path / "data.mdb").exists():
+        _create(path, map_size)
+    return notices
+
+
+def _refuse_damaged(data: Path) -> list[str]:
+    """Raise `CorruptError` for a file that could kill this process with SIGBUS once mapped."""
+    problems = look(data)
+    if problems:
+        raise CorruptError(
+            f"{data}: damaged ({problems[0]}): start the bus, which saves what is sound, or restore it from a backup"
+        )
+    return []
 
 
 def release(environment: Environment) -> None:
@@ -251,8 +279,8 @@ def _create(path: Path, map_size: int) -> None:
     for each in (new, path / "new.mdb-lock"):
         each.unlink(missing_ok=True)
     try:
-        with lmdb.open(str(new), map_size=map_size, subdir=False, max_dbs=len(DATABASES), mode=0o600) as env:
-            for name in DATABASES:
+        with lmdb.open(str(new), map_size=map_size, subdir=False, max_dbs=64, mode=0o600) as env:
+            for name in (*DATABASES, MIRROR):
                 env.open_db(name.encode())
         (path / "new.mdb-lock").unlink()
         new.rename(path / "data.mdb")
@@ -266,46 +294,4 @@ def _sync_names(path: Path) -> None:
     A file system without directory sync, and a directory that must not be read, are left alone.
     """
     for each in (path, *path.parents):
-        with suppress(OSError):
-            fd = os.open(each, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-
-
-def _refuse_truncated(data: Path) -> None:
-    """Raise `CorruptError` for a file that would kill this process with SIGBUS once mapped.
-
-    A file shorter than its meta page says may still be sound (pages freed at the end are never
-    written), so a child process, which may die, reads all of it.
-    """
-    if not data.exists() or not _shorter_than_promised(data):
-        return
-    walk = "import sys,lmdb; e=lmdb.open(sys.argv[1],readonly=True,max_dbs=64)\n" + (
-        "with e.begin(buffers=True) as t:\n"
-        " names=[bytes(k) for k,_ in t.cursor()]\n"
-        "for n in names:\n"
-        " d=e.open_db(n,create=False)\n"
-        " with e.begin(buffers=True) as t:\n"
-        "  for k,v in t.cursor(d): bytes(v)\n"
-    )
-    whole_pages = data.stat().st_size % 4096 == 0
-    done = subprocess.run([sys.executable, "-c", walk, str(data.parent)], capture_output=True, check=False)
-    if done.returncode or not whole_pages:
-        raise CorruptError(f"{data}: the file is cut short ({data.stat().st_size} bytes): restore it from a backup")
-
-
-def _shorter_than_promised(data: Path) -> bool:
-    """Whether the file ends before the last page its newest meta page names (LMDB 0.9, 64-bit)."""
-    with data.open("rb") as file:
-        head = file.read(2 * 65536)
-    if len(head) < 152:
-        return len(head) > 0
-    page = int.from_bytes(head[40:44], "little")
-    if not 512 <= page <= 65536:
-        return True
-    newest = max((0, page), key=lambda base: int.from_bytes(head[base + 144 : base + 152], "little"))
-    last_page = int.from_bytes(head[newest + 136 : newest + 144], "little")
-    # a page behind that, whole or cut, belongs to a commit that never happened
-    return data.stat().st_size < (last_page + 1) * page
+        sync_directory(each)

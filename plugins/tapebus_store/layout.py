@@ -104,6 +104,14 @@ def decode_header(key: bytes | memoryview, value: bytes | memoryview) -> Header:
     return header
 
 
+def check_payload(header: Header, value: bytes | memoryview) -> None:
+    """Compare the payload of a stored block with its checksum. Raises `CorruptError`."""
+    if crc32c(value[HEADER_SIZE:]) != header.payload_crc:
+        raise CorruptError(
+            f"tape: the events at bus_seq {header.first_seq}..{header.last_seq} do not match their checksum"
+        )
+
+
 def decode_block(header: Header, stored: bytes, decompressor: zstandard.ZstdDecompressor) -> Block:
     """The block of `header` with its payload verified and unpacked. Raises `CorruptError`."""
     where = f"bus_seq {header.first_seq}..{header.last_seq}"

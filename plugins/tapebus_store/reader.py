@@ -16,6 +16,7 @@ from tapebus.events import DeadLetter
 from tapebus.store import Block, ProducerBook, Unit
 from tapebus_store import books, layout
 from tapebus_store.environment import Environment, MiB, acquire, release
+from tapebus_store.preflight import inspect
 
 #: One read transaction hands out at most this much before it is closed.
 CHUNK_BLOCKS = 256
@@ -95,6 +96,42 @@ class LmdbReader:
         value = self._get(txn, "meta", books.TAPE_KEY)
         return 1 if value is None else books.decode_tape(value).last_seq + 1
 
+    # -- holes ----------------------------------------------------------------------------------
+
+    def holes(self) -> list[tuple[int, int]]:
+        """Inclusive ranges of ``bus_seq`` that damage took from the tape, in order; reading passes over them."""
+        with self._env.reading() as txn:
+            return self._holes(txn)
+
+    def lost_events(self) -> int:
+        """How many events damage has taken from the tape so far."""
+        return self._tape().lost
+
+    def verify(self) -> list[str]:
+        """Read the whole file without mapping it; what is wrong with it, as sentences. Only while no bus writes."""
+        return inspect(self._env.path / "data.mdb", "whole")
+
+    def _holes(self, txn: lmdb.Transaction) -> list[tuple[int, int]]:
+        found = []
+        with txn.cursor(self._env.dbs["meta"]) as cursor:
+            more = cursor.set_range(books.HOLE_PREFIX)
+            while more and bytes(key := cursor.key()).startswith(books.HOLE_PREFIX):
+                hole = books.decode_hole(layout.unguard("meta", bytes(key), bytes(cursor.value())))
+                found.append((hole.first, hole.last))
+                more = cursor.next()
+        return found
+
+    def _is_hole(self, txn: lmdb.Transaction, first: int, last: int) -> bool:
+        """Whether all of `first`..`last` is known to be lost."""
+        for start, end in self._holes(txn):
+            if start <= first <= end:
+                first = end + 1
+        return first > last
+
+    def _refuse_gap(self, txn: lmdb.Transaction, first: int, last: int) -> None:
+        if not self._is_hole(txn, first, last):
+            raise CorruptError(f"tape: bus_seq {first}..{last} is missing")
+
     def topics(self) -> dict[int, str]:
         """Event type names by the id used inside blocks."""
         skip = len(books.TOPIC_PREFIX)
@@ -148,7 +185,7 @@ class LmdbReader:
                 header = layout.decode_header(cursor.key(), value := cursor.value())
                 if header.last_seq > after:
                     if header.first_seq > after + 1 and (seen or after >= self._first(txn)):
-                        raise CorruptError(f"tape: bus_seq {after + 1}..{header.first_seq - 1} is missing")
+                        self._refuse_gap(txn, after + 1, header.first_seq - 1)
                     after = header.last_seq
                     seen += 1
                     if wanted.match(header):
@@ -170,7 +207,7 @@ class LmdbReader:
                 if header.last_seq <= after:
                     return chunk, 0
                 if bound < 1 << 63 and header.last_seq < bound - 1:
-                    raise CorruptError(f"tape: bus_seq {header.last_seq + 1}..{bound - 1} is missing")
+                    self._refuse_gap(txn, header.last_seq + 1, bound - 1)
                 bound = header.first_seq
                 seen += 1
                 if wanted.match(header):
@@ -226,7 +263,8 @@ class LmdbReader:
                 return None
             header = layout.decode_header(cursor.key(), value := cursor.value())
             if header.last_seq < seq:
-                raise CorruptError(f"tape: bus_seq {header.last_seq + 1}..{seq} is missing")
+                self._refuse_gap(txn, header.last_seq + 1, seq)
+                return None
             return header, bytes(value[layout.HEADER_SIZE :])
 
     # -- books ----------------------------------------------------------------------------------
@@ -296,6 +334,9 @@ class LmdbReader:
             "map_size": info["map_size"],
             "readers": info["num_readers"],
             "dead_letters": tape.dead,
+            "lost_events": tape.lost,
+            "holes": [list(each) for each in self.holes()],
+            "damaged_files": sorted(each.name for each in self._env.path.glob("data.mdb.damaged-*")),
         }
 
     def close(self) -> None:

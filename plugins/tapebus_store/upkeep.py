@@ -108,6 +108,9 @@ class Upkeep:
             ):
                 value = cursor.value()
                 header = layout.decode_header(cursor.key(), value)
+                if blocks and header.first_seq != blocks[-1].last_seq + 1:
+                    # what lies between is lost; events must not move into its place
+                    break
                 try:
                     block = layout.decode_block(header, bytes(value[layout.HEADER_SIZE :]), self._expand)
                 except CorruptError:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,20 @@ from tapebus.failpoints import failpoint
 from tapebus.store import Block, Commit, Unit
 from tapebus_store import books, layout
 from tapebus_store.environment import InstanceLock, MiB
+from tapebus_store.pages import PageFile
+from tapebus_store.quarantine import CLOSED, DAMAGED, FAILED, SHORT_RUN_S, Mark, read_mark, spoil_mark, write_mark
 from tapebus_store.reader import LmdbReader
+from tapebus_store.room import FULL, MARGIN_BYTES, Reserve
 from tapebus_store.upkeep import Upkeep
 
 GiB = 1 << 30
+#: What the map may grow beyond ``max_bytes`` to tell that it is full.
+MAP_RESERVE = 1 << 20
+DISK_FULL = "the disk is full"
+MAP_FULL = "the tape has reached plugins.store.max_bytes"
+NO_RESERVE = "the disk has no room for the reserve"
 #: With less room than this an I/O error of a write is taken for a full disk.
 LITTLE_SPACE = 4 * MiB
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class StoreConfig(msgspec.Struct, forbid_unknown_fields=True):
@@ -70,6 +79,9 @@ class LmdbStore(LmdbReader):
         self._config = config
         self._failed: str | None = None
         self._hot = zstandard.ZstdCompressor(level=1)
+        #: Why room is short, "" while it is not. Commits then use up the reserve: take in no more than must be.
+        self.shortage = ""
+        self._opened_at = time.monotonic()
         self._lock = InstanceLock(Path(data_dir))
         try:
             super().__init__(data_dir, readonly=False, map_size=config.initial_bytes)
@@ -91,22 +103,49 @@ class LmdbStore(LmdbReader):
             record = self._get(txn, "meta", books.TAPE_KEY)
             with txn.cursor(self._env.dbs["blocks"]) as cursor:
                 newest = layout.decode_header(cursor.key(), cursor.value()).last_seq if cursor.last() else None
-        if version is not None:
-            books.check_version(version, self._env.path)
-        if record is not None:
-            self._tape_record = books.decode_tape(record)
-        if newest is not None and newest != self._tape_record.last_seq:
-            raise CorruptError(
-                f"{self._env.path}: the newest block ends at bus_seq {newest}, the tape's record says "
-                f"{self._tape_record.last_seq}: restore the tape from a backup"
-            )
+            if version is not None:
+                books.check_version(version, self._env.path)
+            if record is not None:
+                self._tape_record = books.decode_tape(record)
+            last = self._tape_record.last_seq
+            if newest is not None and newest != last and not self._is_hole(txn, newest + 1, last):
+                raise self._suspect(
+                    CorruptError(
+                        f"{self._env.path}: the newest block ends at bus_seq {newest}, the tape's record says {last}: "
+                        "start again, which saves what is sound"
+                    )
+                )
+        self._reserve = Reserve(self._env.path)
+        if not self._reserve.take():
+            self.shortage = NO_RESERVE
         self._upkeep = Upkeep(self._env, self._config)
-        if version is None:
+        if version is None or self._mirror_is_empty():
             failpoint("store.created")
-            self._durably(self._write_version)
+            self._durably(self._write_first)
 
-    def _write_version(self, txn: lmdb.Transaction, tape: books.TapeRecord) -> None:
+    def _mirror_is_empty(self) -> bool:
+        with self._env.reading() as txn:
+            return int(txn.stat(self._env.dbs[books.MIRROR])["entries"]) == 0
+
+    def _write_first(self, txn: lmdb.Transaction, tape: books.TapeRecord) -> None:
+        """Name the version, and give a tape that is older than the mirror its second copies."""
+        for name in books.MIRRORED:
+            with txn.cursor(self._env.dbs[name]) as cursor:
+                found = [(bytes(key), bytes(value)) for key, value in cursor]
+            for key, value in found:
+                self._put(txn, name, key, layout.unguard(name, key, value))
         self._put(txn, "meta", books.VERSION_KEY, books.encode_version())
+
+    @property
+    def notices(self) -> list[str]:
+        """What had to be done before this tape could be opened, as sentences for people; usually nothing."""
+        return self._env.notices
+
+    def _suspect(self, error: StoreError) -> StoreError:
+        """`error`, after noting that the next start has to look at the whole tape before it opens it."""
+        self._failed = self._failed or str(error)
+        spoil_mark(self._env.path, DAMAGED, str(error))
+        return error
 
     # -- the transaction ------------------------------------------------------------------------
 
@@ -114,9 +153,10 @@ class LmdbStore(LmdbReader):
         """Run ``write(txn, tape, *arguments)`` in one transaction and make it durable.
 
         `tape` is a copy of the tape's record; it is written at the end and kept on success. The map
-        grows as far as allowed; afterwards or on a full disk `StoreFull` is raised and nothing has
-        happened. After any other failure every later call raises `StoreError`: a failed fsync cannot
-        be repeated, the kernel may have thrown the pages away.
+        grows as far as allowed; then, or on a full disk, the reserve is used up and ``shortage`` says
+        why; when that is not enough `StoreFull` is raised and nothing has happened. After any other
+        failure every later call raises `StoreError`: a failed fsync cannot be repeated, the kernel
+        may have thrown the pages away.
         """
         self._env.check_process()
         if self._failed is not None:
@@ -126,10 +166,11 @@ class LmdbStore(LmdbReader):
             try:
                 with self._env.env.begin(write=True) as txn:
                     result = write(txn, tape, *arguments)
+                    tape.txn = txn.id()
                     self._put(txn, "meta", books.TAPE_KEY, books.encode(tape))
             except lmdb.MapFullError as error:
                 failpoint("store.before_grow")
-                if not self._env.grow(self._config.max_bytes):
+                if not self._widen():
                     raise StoreFull(
                         f"{self._env.path}: the tape has reached plugins.store.max_bytes = "
                         f"{self._config.max_bytes}: raise it or keep less"
@@ -139,12 +180,44 @@ class LmdbStore(LmdbReader):
             except TapebusError:
                 raise
             except Exception as error:
-                if self._is_full(error):
+                if not self._is_full(error):
+                    self._failed = str(error)
+                    spoil_mark(self._env.path, FAILED, str(error))
+                    raise StoreError(f"{self._env.path}: the commit failed: {error}") from error
+                self.shortage = DISK_FULL
+                if not self._reserve.release():
                     raise StoreFull(f"{self._env.path}: no space left on the disk: free some") from error
-                self._failed = str(error)
-                raise StoreError(f"{self._env.path}: the commit failed: {error}") from error
+                continue
             self._tape_record = tape
             return result
+
+    def _widen(self) -> bool:
+        """Grow the map; at its greatest size once more by the reserve, so that this can be told on the tape."""
+        limit = self._config.max_bytes
+        if self._env.grow(limit):
+            return True
+        self.shortage = MAP_FULL
+        return self._env.grow(limit + MAP_RESERVE)
+
+    def regain(self) -> bool:
+        """Look whether there is room again and take the reserve back; True when ``shortage`` is over."""
+        self._env.check_process()
+        if not self._reserve.take(MARGIN_BYTES):
+            self.shortage = DISK_FULL
+        elif self._env.env.info()["map_size"] > self._config.max_bytes and self._pages_free() < MAP_RESERVE:
+            self.shortage = MAP_FULL
+        else:
+            self.shortage = ""
+        return not self.shortage
+
+    def _pages_free(self) -> int:
+        """Bytes of the map, up to ``max_bytes``, that no tree uses."""
+        with PageFile(self._env.path / "data.mdb") as file:
+            meta = file.newest
+            if meta is None:
+                return 0
+            used = meta.last_page + 1 - len(file.free_pages(meta))
+            return self._config.max_bytes - used * file.page_size
 
     def _is_full(self, error: Exception) -> bool:
         """Whether `error` means no room. LMDB reports a write cut short by a full disk as EIO."""
@@ -162,6 +235,15 @@ class LmdbStore(LmdbReader):
 
     def _put(self, txn: lmdb.Transaction, database: str, key: bytes, value: bytes) -> None:
         txn.put(key, layout.guard(key, value), db=self._env.dbs[database])
+        again = books.mirror_key(database, key) if database in books.MIRRORED else b""
+        if again:
+            txn.put(again, layout.guard(again, value), db=self._env.dbs[books.MIRROR])
+
+    def _delete(self, txn: lmdb.Transaction, database: str, key: bytes) -> None:
+        txn.delete(key, db=self._env.dbs[database])
+        again = books.mirror_key(database, key)
+        if again:
+            txn.delete(again, db=self._env.dbs[books.MIRROR])
 
     # -- commit ---------------------------------------------------------------------------------
 
@@ -223,7 +305,7 @@ class LmdbStore(LmdbReader):
         for name, value in unit.state.items():
             key = books.state_key(unit.namespace, name)
             if value is None:
-                txn.delete(key, db=self._env.dbs["state"])
+                self._delete(txn, "state", key)
             else:
                 self._put(txn, "state", key, books.encode_state(name, value))
 
@@ -242,6 +324,7 @@ class LmdbStore(LmdbReader):
         clock that jumps ahead removes nothing.
         """
         self._env.check_process()
+        self._note_long_run()
         self._upkeep.check_readers(now)
         work = self._upkeep.next_piece(self._tape_record, now)
         if work is None:
@@ -258,7 +341,30 @@ class LmdbStore(LmdbReader):
         tape.dead -= gone
         return gone
 
+    def _note_long_run(self) -> None:
+        """After some seconds this run is none of those that a damaged tape may have ended."""
+        if self._opened_at and time.monotonic() - self._opened_at > SHORT_RUN_S:
+            self._opened_at = 0.0
+            mark = read_mark(self._env.path)
+            if mark is not None and mark.short_runs:
+                mark.short_runs = 0
+                with suppress(OSError):
+                    write_mark(self._env.path, mark)
+
     def close(self) -> None:
         """Close the tape and release the data directory; a second call does nothing."""
+        env = self._environment
+        sound = env is not None and env._pid == os.getpid() and self._failed is None and self._settle()
         super().close()
+        if sound and env is not None and env.references == 0:
+            with suppress(OSError):
+                write_mark(env.path, Mark(CLOSED, "", self._tape_record.last_seq))
         self._lock.release()
+
+    def _settle(self) -> bool:
+        """Commit once more, so that either of the two meta pages leads to everything; whether that worked."""
+        try:
+            self._durably(lambda txn, tape: None)
+        except (StoreError, AttributeError):
+            return False
+        return True

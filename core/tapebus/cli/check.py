@@ -51,7 +51,7 @@ def check(config: Config, books: bool, deep: bool, as_json: bool) -> int:
         return show(config, as_json, deep)
     running = _running(config)
     findings = [Finding("configuration", "ok", f"data in {config.data_dir}")]
-    for part in (_plugins(config), _directories(config), _ports(config, running), _store(config), _versions()):
+    for part in (_plugins(config), _directories(config), _ports(config, running), _store(config, running), _versions()):
         findings += part
     if as_json:
         shown = [{"name": f.name, "status": f.status, "message": f.message} for f in findings]
@@ -147,13 +147,22 @@ def _in_use(host: str, port: int) -> bool:
     return False
 
 
-def _store(config: Config) -> Iterator[Finding]:
+def _store(config: Config, running: bool) -> Iterator[Finding]:
     if not (config.data_dir / "tape").exists():
         yield Finding("store", "ok", "no tape yet")
         return
     try:
         with open_tape(config) as tape:
-            yield Finding("store", "ok", f"last bus_seq {tape.last_seq:,}")
+            # a bus that writes changes the pages under the eyes of who reads all of them
+            problems = [] if running else tape.verify()
+            if problems:
+                yield Finding("store", "error", f"{problems[0]}: start the bus, which saves what is sound", 74)
+            else:
+                yield Finding("store", "ok", f"last bus_seq {tape.last_seq:,}")
+            for first, last in tape.holes:
+                yield Finding("store", "warn", f"bus_seq {first}..{last} was lost to damage")
+            for name in tape.stats().get("damaged_files", ()):
+                yield Finding("store", "warn", f"a damaged tape is kept as {config.data_dir / 'tape' / name}")
     except TapebusError as error:
         yield Finding("store", "error", str(error), error.exit_code)
 
