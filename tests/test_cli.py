@@ -49,6 +49,13 @@ def failure(capsys, *args: str) -> tuple[int, str]:
         (["replay", __file__, "--speed", "0"], 2, ["speed"]),
         (["replay", __file__], 2, ["not a known recording"]),
         (["dlq", "purge"], 2, ["--all"]),
+        (["query", "--topic", "*x*"], 2, ["'*x*'", "prefix.*"]),
+        (["tail", "--topic", "a*"], 2, ["'a*'"]),
+        (["publish", "note", "--endpoint", "foo"], 2, ["--endpoint 'foo'", "tcp://HOST:PORT"]),
+        (["publish", "note", "--endpoint", "tcp://127.0.0.1:99999"], 2, ["not an endpoint"]),
+        (["publish", "-", "a=1"], 2, ["TYPE comes first"]),
+        (["pm2", "--memory", "lots"], 2, ["'lots'", "500M"]),
+        (["check", "--deep"], 2, ["--books"]),
     ],
 )
 def test_a_mistake_is_one_line_with_a_documented_exit_code(capsys, args, code, words):
@@ -57,6 +64,53 @@ def test_a_mistake_is_one_line_with_a_documented_exit_code(capsys, args, code, w
     assert err.startswith("tapebus: ")
     assert err.count("\n") == 1, err
     assert [word for word in words if word not in err] == []
+
+
+def test_a_malformed_endpoint_of_the_environment_exits_78(capsys, monkeypatch):
+    monkeypatch.setenv("TAPEBUS_ENDPOINT", "foo")
+    code, err = failure(capsys, "publish", "note")
+    assert code == 78 and "TAPEBUS_ENDPOINT 'foo'" in err
+
+
+def test_no_summary_of_a_command_is_cut_off(capsys):
+    main(["--help"])
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert [line for line in lines if "..." in line] == []
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ('[plugins.slots]\nmax_slots = "ten"', ["plugins.slots", "max_slots"]),
+        ("[plugins.store]\nmax_events = -1", ["plugins.store", "max_events"]),
+        ("[plugins.outcomes]\nmax_gap = 1", ["plugins.outcomes.max_gap", "max_gap_s"]),
+        ("[plugins.telegram]\nchats = 1", ["plugins.telegram"]),
+    ],
+)
+def test_check_says_of_a_plugins_table_what_the_start_would_say(capsys, make_bus, table, words):
+    bus = make_bus(extra=table)
+    assert main(["check", "--json", "--config", str(bus.config_file)]) == 78
+    found = [each["message"] for each in json.loads(capsys.readouterr().out) if each["status"] == "error"]
+    assert len(found) == 1 and all(word in found[0] for word in words), found
+    code, err = failure(capsys, "run", "--config", str(bus.config_file))
+    assert (code, err) == (78, f"tapebus: {found[0]}\n")
+
+
+@pytest.mark.parametrize("place", ["/proc/x", "/sys/tapebus/deeper"])
+def test_check_sees_where_no_directory_can_be_made(capsys, place):
+    assert main(["check", "--data-dir", place]) == 78
+    assert f"{place} cannot be created" in capsys.readouterr().out
+
+
+def test_check_leaves_nothing_behind(capsys, tmp_path):
+    main(["check", "--data-dir", str(tmp_path / "a" / "b")])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", ["500M", "1G", "2048", "64K"])
+def test_pm2_takes_the_sizes_pm2_knows(capsys, size):
+    assert main(["pm2", "--memory", size]) == 0
+    assert f'"max_memory_restart": "{size}"' in capsys.readouterr().out
 
 
 def test_a_bind_beyond_this_machine_exits_78(capsys, monkeypatch):
@@ -150,6 +204,64 @@ def test_a_refused_event_becomes_a_dead_letter_that_can_be_listed_shown_and_purg
     assert main(["dlq", "purge", "--id", str(letter["id"]), "--yes", *where]) == 0
     assert "1 purged" in capsys.readouterr().out
     bus.wait_for(lambda _: main(["dlq", "list", *where]) == 0 and "no dead" in capsys.readouterr().out, "to purge")
+
+
+def test_publish_says_when_an_event_was_found_wrong_and_which(capsys, make_bus):
+    bus = make_bus(plugins=["schema", "store"]).start()
+    where = ["--config", str(bus.config_file)]
+    assert main(["publish", "market_data", "symbol=EURUSD", "bid=1.1", "ask=1.2", *where]) == 0
+    assert capsys.readouterr().err == ""
+    assert main(["publish", "market_data", "symbol=EURUSD", "bid=x", "ask=1.2", *where]) == 1
+    out, err = capsys.readouterr()
+    assert out == "1 event published (on disk)\n"
+    assert err.startswith("tapebus: 1 of 1 became dead letters, the first (number 1): ") and "bid" in err
+    good = '{"symbol": "EURUSD", "bid": 1.1, "ask": 1.2}\n'
+    lines = good * 3 + '{"symbol": "EURUSD"}\n' + good
+    done = subprocess.run(
+        [sys.executable, "-m", "tapebus", "publish", "market_data", "-", *where],
+        input=lines,
+        capture_output=True,
+        text=True,
+        env=bus.environ(),
+    )
+    assert done.returncode == 1 and "1 of 5 became dead letters" in done.stderr, done.stderr
+
+
+def test_publish_without_anything_on_standard_input_says_so(make_bus):
+    bus = make_bus(plugins=["schema", "store"])
+    command = [sys.executable, "-m", "tapebus", "publish", "--config", str(bus.config_file)]
+    done = subprocess.run(command, input="", capture_output=True, text=True, env=bus.environ())
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "0 events published: there was nothing on standard input\n"
+
+
+def test_publish_announces_that_it_reads_what_is_typed(make_bus):
+    import os
+    import pty
+
+    bus = make_bus(plugins=["schema", "store"])
+    keyboard, terminal = pty.openpty()
+    command = [sys.executable, "-m", "tapebus", "publish", "--config", str(bus.config_file)]
+    process = subprocess.Popen(
+        command, stdin=terminal, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=bus.environ()
+    )
+    os.close(terminal)
+    try:
+        assert process.stderr is not None and b"reading standard input" in process.stderr.readline()
+        os.write(keyboard, b"\x04")
+        out, _ = process.communicate(timeout=30)
+        assert out.startswith(b"0 events published")
+    finally:
+        os.close(keyboard)
+        process.kill()
+        process.wait()
+
+
+def test_run_says_in_one_line_that_it_has_stopped_and_that_the_books_close(make_bus):
+    bus = make_bus(plugins=["schema", "store"]).start()
+    assert bus.stop() == 0
+    last = bus.output().splitlines()[-1]
+    assert "stopped after" in last and "unexplained 0" in last
 
 
 def test_json_lines_from_standard_input_are_published_in_order(make_bus):

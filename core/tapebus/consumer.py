@@ -124,3 +124,8 @@ def covers(topics: Iterable[str], event_type: str) -> bool:
     return any(
         topic in ("*", event_type) or (topic.endswith(".*") and event_type.startswith(topic[:-1])) for topic in topics
     )
+
+
+def is_pattern(topic: str) -> bool:
+    """Whether `topic` is something `covers` understands: exact, ``prefix.*`` or ``*``."""
+    return bool(topic) and (topic == "*" or "*" not in topic.removesuffix(".*"))

@@ -396,6 +396,7 @@ class Runtime:
             last_resort.start()
             self.stop()
             last_resort.cancel()
+            log.info("%s", self.statistics.farewell())
         finally:
             for each, handler in previous.items():
                 signal.signal(each, handler)

@@ -93,6 +93,7 @@ class Statistics:
             "bus": {
                 "uptime_s": round(time.monotonic() - self._started, 3),
                 "last_seq": last_seq,
+                "judged_seq": runtime.dispatcher.judge.cursor,
                 "received": runtime.ring.received_count + runtime.first_seq - 1,
                 "stored": last_seq,
                 "rejected": rejected,
@@ -196,6 +197,15 @@ class Statistics:
             "memory_usage": resident_bytes() / 1e6,
             "message": f"last_seq {runtime.tape.done_seq}",
         }
+
+    def farewell(self) -> str:
+        """One line about the whole run, for the log; after the last commit."""
+        runtime = self._runtime
+        events = runtime.tape.done_seq - runtime.first_seq + 1
+        uptime = time.monotonic() - self._started
+        accounts = self.accounts()
+        total = books.summary(accounts, sum(each.stored for each in accounts))
+        return f"stopped after {uptime:,.0f} s and {events:,} events; {total.line()}"
 
     def _rate(self, now: float, before: tuple[float, int]) -> float:
         return (self._runtime.tape.done_seq - before[1]) / max(now - before[0], 1e-9)

@@ -119,6 +119,13 @@ class Tape:
         """Compare everything on the tape with its checksums; what is wrong. Only while no bus runs on it."""
         return self._reader.verify()
 
+    def raw(self, bus_seq: int) -> bytes:
+        """The bytes of one event as published, whether or not they decode; empty where it is not kept."""
+        block = next(iter(self._reader.blocks(bus_seq - 1)), None)
+        if block is None or not block.first_seq <= bus_seq <= block.last_seq:
+            return b""
+        return BlockView(block.payload, block.first_seq).raw(bus_seq)
+
     def dead_letters(self, after: int = 0, limit: int | None = None) -> Iterator[DeadLetter]:
         """Dead letters with an id above `after`, oldest first."""
         return self._reader.dead(after, limit)

@@ -10,6 +10,7 @@ import pluggy
 
 from tapebus import plugins
 from tapebus._ring import Ring
+from tapebus._scan import Topics
 from tapebus.config import Config
 from tapebus.consumer import Consumer
 from tapebus.deadline import within
@@ -84,6 +85,21 @@ class Wiring:
     @property
     def fences(self) -> list[Fence]:
         return [*self.inline, *self.threads]
+
+
+def rehearse(config: Config) -> None:
+    """Do what a start does with the enabled plugins and their tables, without a store and without starting anything.
+
+    Raises what the start would raise. Plugins are told to stop again.
+    """
+    manager = plugins.load(config.plugins.enabled)
+    plugins.registry(manager, config.plugin)
+    wiring = None
+    try:
+        wiring = Wiring(manager, config, Ring(Topics(), 2), None)
+    finally:
+        for name, context in wiring.contexts.items() if wiring is not None else ():
+            plugins.call_one(manager, "tapebus_stop", name, context=context)
 
 
 def _check_modes(plugin: str, consumers: list[Consumer]) -> None:

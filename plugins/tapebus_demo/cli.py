@@ -11,7 +11,7 @@ import click
 from tapebus.errors import TapebusError
 
 
-@click.command()
+@click.command(short_help="Run a bus of its own with simulated traders around it.")
 @click.option("--seconds", type=click.FloatRange(2, 40), default=12.0, show_default=True, help="Length of the session.")
 @click.option("--seed", type=int, default=7, show_default=True, help="Seed of prices and signals.")
 @click.option("--ticks", type=click.Path(exists=True, dir_okay=False), help="Play this recording instead.")

@@ -141,7 +141,10 @@ def _print_figures(console: Console, summary: dict[str, Any]) -> None:
     slots = summary["slots"]
     table.add_row("slots", f"{slots['used']} of {slots['max']} used at the end, {slots['peak']} at most")
     refusals = ", ".join(f"{reason} {n}" for reason, n in list(signals["refusals"].items())[:3])
-    table.add_row("the gate refused", escape(refusals or "nothing"))
+    refused = signals["verdicts"] - signals["fired"]
+    # one refusal may have several reasons, so their numbers add up to more
+    why = f", by reason: {refusals}" if refusals else ""
+    table.add_row("the gate refused", escape(f"{refused} of {signals['verdicts']} signals{why}"))
     dead = summary["dead_letters"]
     table.add_row("dead letters", f"{dead['count']} (crossed quotes and broken messages, sent on purpose)")
     console.print(table)

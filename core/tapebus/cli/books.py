@@ -28,14 +28,21 @@ def show(config: Config, as_json: bool, deep: bool) -> int:
         counted = _count(tape, last_seq) if deep else None
         # what retention has removed cannot be counted any more
         removed = tape.first_seq - 1 if deep else 0
-    missing = last_seq - removed - sum(counted.values()) if counted is not None else 0
+        # damage that was found and set aside is known by its numbers
+        damaged = sum(last - max(first, removed + 1) + 1 for first, last in tape.holes if last > removed)
+    missing = last_seq - removed - damaged - sum(counted.values()) if counted is not None else 0
     report = {
         "bus": live,
         "tape": {**msgspec.structs.asdict(total), "last_seq": last_seq, "closed": total.closed},
         "producers": [msgspec.to_builtins(each) | {"gaps": _gaps(each)} for each in accounts],
     }
     if counted is not None:
-        report["counted"] = {"removed": removed, "missing": missing, "by_source": _by_source(accounts, counted)}
+        report["counted"] = {
+            "removed": removed,
+            "damaged": damaged,
+            "missing": missing,
+            "by_source": _by_source(accounts, counted),
+        }
     if as_json:
         click.echo(msgspec.json.encode(report))
     else:
@@ -154,5 +161,7 @@ def _print_counted(counted: dict[str, Any]) -> None:
     table(["source in the event", "counted", "stored by accounts of that name"], rows)
     if counted["removed"]:
         click.echo(f"{counted['removed']:,} older events were removed by retention")
+    if counted["damaged"]:
+        click.echo(f"{counted['damaged']:,} events were lost to damage; `tapebus check` names them")
     if counted["missing"]:
         click.echo(f"{counted['missing']:,} events are missing on the tape; run `tapebus check`")

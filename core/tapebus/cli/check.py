@@ -7,15 +7,17 @@ import shutil
 import socket
 import stat
 import sys
+import tempfile
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
 import click
 import msgspec
 
 from tapebus.cli.common import json_option, open_tape, with_config
 from tapebus.config import Config
-from tapebus.errors import BusNotRunning, TapebusError, UsageError
+from tapebus.errors import BusNotRunning, StoreError, TapebusError, UsageError
 
 
 class Finding(NamedTuple):
@@ -84,11 +86,34 @@ def _plugins(config: Config) -> Iterator[Finding]:
         except TapebusError as error:
             broken += 1
             yield Finding("plugins", "error", str(error), error.exit_code)
-    if not broken:
+    if not broken and (problem := _rehearsed(config)) is not None:
+        yield problem
+    elif not broken:
         yield Finding("plugins", "ok", ", ".join(config.plugins.enabled) or "none enabled")
     for name in config.plugins.tables:
         if name not in config.plugins.enabled and name not in installed():
             yield Finding("plugins", "warn", f"[plugins.{name}]: no plugin of this name is installed")
+
+
+def _rehearsed(config: Config) -> Finding | None:
+    """What a start would say about the plugins' own tables."""
+    from tapebus.plugins import call_one, load
+    from tapebus.wiring import rehearse
+
+    try:
+        rehearse(config)
+        for name in config.plugins.enabled:
+            arguments = {"data_dir": config.data_dir, "config": config.plugin(name), "readonly": True}
+            reader = call_one(load([name]), "tapebus_open_store", name, **arguments)
+            if reader is not None:
+                reader.close()
+    except StoreError:
+        return None  # for the line about the store
+    except TapebusError as error:
+        return Finding("plugins", "error", str(error), error.exit_code)
+    except Exception as error:
+        return Finding("plugins", "error", f"a plugin cannot be started: {type(error).__name__}: {error}", 1)
+    return None
 
 
 def _directories(config: Config) -> Iterator[Finding]:
@@ -113,12 +138,15 @@ def _directories(config: Config) -> Iterator[Finding]:
     yield Finding("disk", "ok" if free > _ROOM else "warn", f"{free / 1e9:,.1f} GB free")
 
 
-def _creatable(name: str, directory: Any) -> Iterator[Finding]:
+def _creatable(name: str, directory: Path) -> Iterator[Finding]:
     parent = next(each for each in directory.parents if each.exists())
-    if os.access(parent, os.W_OK | os.X_OK):
-        yield Finding(name, "ok", f"{directory} (will be created)")
+    try:
+        # permission bits do not tell of a read-only disk, nor of a directory the kernel makes up
+        os.rmdir(tempfile.mkdtemp(prefix=".tapebus-check-", dir=parent))
+    except OSError as error:
+        yield Finding(name, "error", f"{directory} cannot be created in {parent}: {error.strerror}", 78)
     else:
-        yield Finding(name, "error", f"{directory} cannot be created: {parent} is not writable", 78)
+        yield Finding(name, "ok", f"{directory} (will be created)")
 
 
 def _ports(config: Config, running: bool) -> Iterator[Finding]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from tapebus.config import Config
-from tapebus.errors import UsageError
+from tapebus.errors import ConfigError, TapebusError, UsageError
 
 if TYPE_CHECKING:
     from tapebus.publisher import Publisher
@@ -80,13 +80,28 @@ class When(_ParamType):
         return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
+def _topics(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+    from tapebus.consumer import is_pattern
+
+    for each in value:
+        if not is_pattern(each):
+            raise click.BadParameter(f"{each!r} matches nothing; write an event type, prefix.* or *")
+    return value
+
+
+def topics_option(function: _F) -> _F:
+    """``--topic``, checked, as ``topics``."""
+    words = "Event type, exact or prefix.*; repeatable."
+    return click.option("--topic", "topics", multiple=True, callback=_topics, help=words)(function)
+
+
 def filters(function: _F) -> _F:
     """The options that choose events on the tape."""
     for option in (
         click.option("--correlation-id", help="Only the chain of one signal or fire command."),
         click.option("--until", type=When(), help="Event time before this."),
         click.option("--since", type=When(), help="Event time from here: Unix seconds, ISO 8601, 6h, 30d."),
-        click.option("--topic", "topics", multiple=True, help="Event type, exact or prefix.*; repeatable."),
+        topics_option,
     ):
         function = option(function)
     return function
@@ -107,10 +122,21 @@ def publisher(config: Config, source: str, endpoint: str | None) -> Publisher:
 
     from tapebus.publisher import Publisher
 
-    chosen = endpoint or os.environ.get("TAPEBUS_ENDPOINT") or config.acked_endpoints[0]
+    if endpoint:
+        _check_endpoint("--endpoint", endpoint, UsageError)
+    if found := os.environ.get("TAPEBUS_ENDPOINT"):
+        _check_endpoint("TAPEBUS_ENDPOINT", found, ConfigError)
     if not 0 < len(source) <= 100:
         raise UsageError("--source: a name of 1 to 100 characters is needed")
-    return Publisher(source, endpoint=chosen)
+    return Publisher(source, endpoint=endpoint or found or config.acked_endpoints[0])
+
+
+def _check_endpoint(name: str, endpoint: str, error: type[TapebusError]) -> None:
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    if endpoint.startswith("tcp://") and host and port.isdigit() and 0 < int(port) < 65536:
+        return
+    if not endpoint.startswith("ipc://") or endpoint == "ipc://":
+        raise error(f"{name} {endpoint!r}: not an endpoint; write tcp://HOST:PORT or ipc:///PATH")
 
 
 def event_json(event: Any) -> str:

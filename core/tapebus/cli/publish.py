@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
 
-from tapebus.cli.common import publisher, with_config
+from tapebus.cli.common import open_tape, publisher, with_config
 from tapebus.config import Config
 from tapebus.errors import BusNotRunning, TapebusError, UsageError
+from tapebus.events import DeadLetter
 from tapebus.replay import Recorded, from_envelope, replay
+
+if TYPE_CHECKING:
+    from tapebus.tape import Tape
 
 
 @click.command()
@@ -35,32 +40,113 @@ def publish(
     timeout: float,
     **envelope: str | None,
 ) -> None:
-    """Publish an event of TYPE and wait until it is on disk.
+    """Publish an event of TYPE, wait until it is on disk, and say when it was found wrong.
 
     Values are JSON where they parse as JSON, else text. With - as data every line of standard input
-    is the data of one event; without TYPE every line is a whole envelope.
+    is the data of one event; with - instead of TYPE, or without it, every line is a whole envelope.
     """
     extra = {key: value for key, value in envelope.items() if value is not None}
     records: Iterator[Recorded]
     if event_type is None or event_type == "-":
-        records = (_line(number, text, None, source, extra) for number, text in _stdin())
+        if data:
+            raise UsageError("TYPE comes first: tapebus publish TYPE KEY=VALUE...")
+        records = (_line(number, text, None, source, extra) for number, text in _stdin("one envelope"))
     elif data == ("-",):
-        records = (_line(number, text, event_type, source, extra) for number, text in _stdin())
+        words = f"the data of one {event_type}"
+        records = (_line(number, text, event_type, source, extra) for number, text in _stdin(words))
     else:
         records = iter([Recorded(event_type, time.time(), _payload(data), source, extra)])
+    verdict = Verdict(config)
     with publisher(config, source, endpoint) as pub:
         try:
-            summary = replay(records, pub, patience_s=timeout)
+            summary = replay(verdict.noting(records), pub, patience_s=timeout)
         except BusNotRunning:
             raise BusNotRunning(f"no bus answers at {pub.endpoint}: start one with `tapebus run`") from None
         acks_mean = "on disk" if pub.stats()["durable"] else "dispatched, there is no store"
+    if not summary.events:
+        click.echo("0 events published: there was nothing on standard input")
+        return
     if summary.acked < summary.events:
         refused = f"{summary.rejected} refused by the bus, {summary.unsendable} too large or not encodable"
         raise TapebusError(f"{summary.acked} of {summary.events} events published; {refused}")
     click.echo(f"{summary.acked} event{'s' * (summary.acked != 1)} published ({acks_mean})")
+    letters = verdict.wait(timeout)
+    if letters:
+        first = letters[0]
+        raise TapebusError(
+            f"{len(letters)} of {summary.events} became dead letters, the first (number {first.id}): {first.detail}; "
+            "see `tapebus dlq list`"
+        )
 
 
-def _stdin() -> Iterator[tuple[int, str]]:
+class Verdict:
+    """What the bus on this data directory thinks of the events of this process; it judges them after the disk.
+
+    Where no such bus answers, nothing is known and nothing is waited for.
+    """
+
+    #: Events remembered to find their dead letters; of more, those beyond are not looked for.
+    REMEMBERED = 10_000
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._sent: set[tuple[str, float]] = set()
+        self._before = self._bus()
+
+    def _bus(self) -> dict[str, Any] | None:
+        from tapebus.control import request
+
+        try:
+            found = request(self._config, {"cmd": "stats"})["bus"]
+        except (TapebusError, KeyError):
+            return None
+        return {**found, "dead": sum(found["dead_letters"].values())}
+
+    def noting(self, records: Iterator[Recorded]) -> Iterator[Recorded]:
+        """`records`, each remembered."""
+        for each in records:
+            if len(self._sent) < self.REMEMBERED:
+                self._sent.add((each.event_type, each.timestamp))
+            yield each
+
+    def wait(self, timeout: float) -> list[DeadLetter]:
+        """The dead letters among what was sent, after at most `timeout` seconds."""
+        now = self._bus()
+        if self._before is None or now is None:
+            return []
+        stored, deadline, pause = now["last_seq"], time.monotonic() + timeout, threading.Event()
+        while now is not None and now["judged_seq"] < stored:
+            if time.monotonic() > deadline:
+                click.echo("tapebus: not judged yet; see `tapebus dlq list` later", err=True)
+                return []
+            pause.wait(0.02)
+            now = self._bus()
+        if now is None or now["dead"] == self._before["dead"]:
+            return []
+        return self._buried(now["dead"] - self._before["dead"], deadline)
+
+    def _buried(self, expected: int, deadline: float) -> list[DeadLetter]:
+        """Ours among the `expected` new dead letters, which are written a moment after they are counted."""
+        pause, first_seq = threading.Event(), (self._before or {})["last_seq"] + 1
+        with open_tape(self._config) as tape:
+            while True:
+                found = [each for each in tape.dead_letters() if each.bus_seq >= first_seq]
+                if len(found) >= expected or time.monotonic() > deadline:
+                    return [each for each in found if self._is_ours(tape, each)]
+                pause.wait(0.02)
+
+    def _is_ours(self, tape: Tape, letter: DeadLetter) -> bool:
+        raw = tape.raw(letter.bus_seq)
+        try:
+            sent = (msgspec.msgpack if raw[:1] >= b"\x80" else msgspec.json).decode(raw)
+            return (letter.event_type, sent["timestamp"]) in self._sent
+        except (ValueError, KeyError, TypeError):
+            return False
+
+
+def _stdin(what: str) -> Iterator[tuple[int, str]]:
+    if sys.stdin.isatty():
+        click.echo(f"tapebus: reading standard input, {what} a line; Ctrl-D ends it", err=True)
     return ((number, text) for number, text in enumerate(sys.stdin, 1) if text.strip())
 
 

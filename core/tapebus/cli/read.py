@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from tapebus.cli.common import event_json, event_line, filters, json_option, open_tape, with_config
+from tapebus.cli.common import event_json, event_line, filters, json_option, open_tape, topics_option, with_config
 from tapebus.config import Config
 
 
@@ -45,7 +45,7 @@ def query(
 
 
 @click.command()
-@click.option("--topic", "topics", multiple=True, help="Event type, exact or prefix.*; repeatable.")
+@topics_option
 @click.option("-n", "--lines", type=click.IntRange(min=0), default=10, show_default=True, help="Old events first.")
 @click.option("--after", type=click.IntRange(min=0), help="Begin after this bus_seq instead.")
 @json_option

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from tapebus.cli.common import json_option, publisher, with_config
+from tapebus.cli.common import json_option, publisher, topics_option, with_config
 from tapebus.config import Config
 from tapebus.consumer import covers
 from tapebus.errors import TapebusError, UsageError
@@ -42,7 +42,7 @@ class Speed(_ParamType):
 @click.command()
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--speed", type=Speed(), default="1", show_default=True, help="Times the original pace, or max.")
-@click.option("--topic", "topics", multiple=True, help="Only this event type; repeatable.")
+@topics_option
 @click.option("--symbol", default="", help="Only this symbol; names it where the file does not.")
 @click.option("--utc-offset", type=float, default=0.0, help="Hours the broker's clock is ahead of UTC (MT5 exports).")
 @click.option("--endpoint", help="Acknowledged ingest of the bus; default: from the configuration.")

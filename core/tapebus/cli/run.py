@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
+from typing import Any
 
 import click
 
 from tapebus.cli.common import with_config
 from tapebus.config import Config
+
+
+class Memory(click.ParamType):  # type: ignore[type-arg]
+    """An amount of memory as PM2 reads it; anything else it would silently take for no limit."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not re.fullmatch(r"[1-9]\d*[KMG]?", str(value)):
+            self.fail(f"{value!r} is no amount of memory; write a number with K, M or G, such as 500M", param, ctx)
+        return str(value)
 
 
 @click.command()
@@ -34,7 +47,7 @@ def run(config: Config, log_level: str) -> int:
 
 @click.command()
 @click.option("--name", default="tapebus", show_default=True, help="Name of the process in PM2.")
-@click.option("--memory", default="500M", show_default=True, help="PM2 restarts the bus above this.")
+@click.option("--memory", type=Memory(), default="500M", show_default=True, help="PM2 restarts the bus above this.")
 @click.pass_context
 @with_config
 def pm2(ctx: click.Context, config: Config, name: str, memory: str) -> None:
