@@ -16,8 +16,11 @@ from tapebus.deadline import Overdue, within
 from tapebus.wiring import figures
 
 if TYPE_CHECKING:
+    from tapebus.events import DeadLetter
+    from tapebus.fence import Fence
     from tapebus.pm2 import Channel
     from tapebus.runtime import Runtime
+    from tapebus.supervisor import ProcessConsumer
     from tapebus.watchdog import Watchdog
 
 log = logging.getLogger("tapebus")
@@ -147,6 +150,7 @@ class Statistics:
             "resume": lambda message: self._steer(message, "resume"),
             "reset": lambda message: self._steer(message, "resume"),
             "dlq_purge": self._purge,
+            "dlq_replay": self._replay,
         }
 
     def _steer(self, message: dict[str, Any], verb: str) -> dict[str, Any]:
@@ -163,6 +167,33 @@ class Statistics:
         ids = [int(each) for each in message.get("ids", [])]
         self._runtime.tape.purge(ids)
         return {"purged": len(ids)}
+
+    def _replay(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Hand dead letters to the consumers that failed on them; ``refused`` are those without one."""
+        runtime = self._runtime
+        refused: list[int] = []
+        chosen: dict[str, list[DeadLetter]] = {}
+        for number in (int(each) for each in message.get("ids", [])):
+            letter = next(iter(runtime.store.dead(number - 1, 1)), None) if runtime.store is not None else None
+            owners = [] if letter is None or letter.id != number else self._owners(letter)
+            if letter is None or len(owners) != 1:
+                refused.append(number)
+            else:
+                chosen.setdefault(owners[0].consumer.name, []).append(letter)
+        for fence in runtime.consumers:
+            if fence.consumer.name in chosen:
+                fence.redeliver(chosen[fence.consumer.name])
+        return {"queued": sum(map(len, chosen.values())), "refused": refused}
+
+    def _owners(self, letter: DeadLetter) -> list[Fence | ProcessConsumer]:
+        """The consumers that may have failed on `letter`: one, unless its plugin has several and it names none."""
+        return [
+            each
+            for each in self._runtime.consumers
+            if letter.bus_seq
+            and letter.place == f"plugin.{each.plugin}"
+            and letter.consumer in ("", each.consumer.name)
+        ]
 
     # -- timers ----------------------------------------------------------------------------------
 

@@ -71,6 +71,7 @@ class ProcessConsumer(threading.Thread):
         #: First and last event in the child's hands, the one it was seen at last, and the letter it settles.
         self._trying = (0, 0)
         self._at = self._settling = 0
+        self._type = ""
         self._deaths: dict[int, int] = {}
         self._again: dict[int, DeadLetter] = {}
 
@@ -132,7 +133,7 @@ class ProcessConsumer(threading.Thread):
         del self._deaths[suspect]
         place = f"plugin.{self.plugin}"
         detail = f"its process {why}, {count} times"
-        self._bury(DeadLetter(place, reason, detail, suspect, "", time.time(), consumer=self.consumer.name))
+        self._bury(DeadLetter(place, reason, detail, suspect, self._type, time.time(), consumer=self.consumer.name))
         self._orders.skip = [*(seq for seq in self._orders.skip if seq > self.cursor), suspect]
         self.errors += 1
         self._base = (self._base[0], self._base[1] + 1, self._base[2])
@@ -222,9 +223,10 @@ class ProcessConsumer(threading.Thread):
             self._bury(msgspec.convert(report["dead"], DeadLetter, strict=False))
         elif "trying" in report:
             self._trying = (report["trying"][0], report["trying"][1])
-            self._at = self._trying[0]
+            self._at, self._type = self._trying[0], report["type"]
         elif "at" in report:
-            self._at = report["at"] or self._at
+            if report["at"]:
+                self._at, self._type = report["at"], report["type"]
         elif "settling" in report:
             self._settling = report["settling"]
         elif "settled" in report:

@@ -130,6 +130,25 @@ class Tape:
         """Dead letters with an id above `after`, oldest first."""
         return self._reader.dead(after, limit)
 
+    def events_at(self, seqs: Iterable[int]) -> dict[int, Any]:
+        """The events at these places, by ``bus_seq``; what is no longer on the tape is left out."""
+        found: dict[int, Any] = {}
+        names = self._reader.topics()
+        wanted = sorted(set(seqs))
+        while wanted:
+            block = next(iter(self._reader.blocks(wanted[0] - 1)), None)
+            if block is None:
+                break
+            here = {seq for seq in wanted if seq <= block.last_seq}
+            events = self._codec.decode_block(block, names, wanted[0] - 1)
+            found.update({event.bus_seq: event for event in events if event.bus_seq in here})
+            wanted = [seq for seq in wanted if seq > block.last_seq]
+        return found
+
+    def watch(self) -> Watch:
+        """Something whose ``wait(seconds)`` returns when the store is written to; use it as a context manager."""
+        return Watch(self._data_dir / "tape")
+
     def read(
         self,
         after: int = 0,
@@ -169,7 +188,7 @@ class Tape:
         chosen = _as_list(topics)
         place = self.last_seq if after is None else after
         quiet_since = time.monotonic()
-        with _Watch(self._data_dir / "tape") as watch:
+        with self.watch() as watch:
             woken = False
             while True:
                 horizon = self.last_seq
@@ -240,7 +259,7 @@ def _as_list(topics: Iterable[str] | None) -> list[str] | None:
     return [topics] if isinstance(topics, str) else list(topics)
 
 
-class _Watch:
+class Watch:
     """Waits until a file in a directory is written to: inotify on Linux, plain waiting elsewhere."""
 
     _MODIFY = 0x2
@@ -257,7 +276,7 @@ class _Watch:
         except (OSError, AttributeError):
             self._poll = None
 
-    def __enter__(self) -> _Watch:
+    def __enter__(self) -> Watch:
         return self
 
     def __exit__(self, *_: object) -> None:

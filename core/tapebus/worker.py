@@ -191,7 +191,7 @@ class Worker:
         events = list(self._tape.read(fence.cursor, topics=list(self._consumer.topics), limit=limit))
         events = [event for event in events if event.bus_seq <= last]
         if events:
-            _report({"trying": (events[0].bus_seq, events[-1].bus_seq)})
+            _report({"trying": (events[0].bus_seq, events[-1].bus_seq), "type": events[0].event_type})
         fence.offer(events, events[-1].bus_seq if len(events) == limit else last)
         return True
 
@@ -226,7 +226,7 @@ class Worker:
             now = doing.progress
             if not now[0] or now != last:
                 event = doing.event
-                _report({"at": event.bus_seq if event is not None else 0})
+                _report({"at": event.bus_seq, "type": event.event_type} if event is not None else {"at": 0})
             last = now
 
     def _progress(self, first: bool = False) -> None:

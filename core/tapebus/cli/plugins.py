@@ -7,7 +7,7 @@ from typing import Any
 import click
 import msgspec
 
-from tapebus.cli.common import json_option, table, with_config
+from tapebus.cli.common import clock, json_option, table, with_config
 from tapebus.config import Config
 from tapebus.errors import BusNotRunning, TapebusError, UsageError
 
@@ -40,6 +40,19 @@ def plugins(ctx: click.Context, config: Config, as_json: bool) -> None:
         ],
         empty="no plugins installed",
     )
+    _tell_breakers([each for row in rows for each in row["consumers"]])
+
+
+def _tell_breakers(consumers: list[dict[str, Any]]) -> None:
+    """What happened to the breakers, newest last; nothing where nothing did."""
+    for each in consumers:
+        if not each["history"]:
+            continue
+        again = f", tries again in {each['breaker']['retry_in_s']:.0f} s" if each["breaker"]["retry_in_s"] else ""
+        restarts = f", {each['restarts']} restarts" if each["restarts"] else ""
+        click.echo(f"\n{each['name']}: {each['state']}{again}{restarts}")
+        rows = [[clock(at), state, reason] for at, state, reason in each["history"][-5:]]
+        table(["since", "state", "reason"], rows)
 
 
 def _names(config: Config) -> list[str]:
@@ -59,6 +72,7 @@ def _describe(name: str, config: Config) -> dict[str, Any]:
         "version": point.dist.version if point and point.dist else "",
         "hooks": [],
         "modes": [],
+        "consumers": [],
         "state": "",
         "error": "",
     }
@@ -81,6 +95,7 @@ def _add_state(config: Config, rows: list[dict[str, Any]]) -> None:
         return
     for row in rows:
         mine = [each for each in consumers if each["plugin"] == row["name"]]
+        row["consumers"] = mine
         row["modes"] = sorted({each["mode"] for each in mine})
         row["state"] = ",".join(sorted({each["state"] for each in mine})) or ("loaded" if row["enabled"] else "")
 
@@ -98,7 +113,7 @@ def _steer(verb: str, text: str) -> None:
 
 _steer("pause", "Stop giving events to CONSUMER; its cursor stands still.")
 _steer("resume", "Let a paused CONSUMER continue from the tape.")
-_steer("reset", "Close the breaker of CONSUMER now.")
+_steer("reset", "Close the breaker of CONSUMER now; start its process anew where it has one.")
 
 
 @plugins.command()
