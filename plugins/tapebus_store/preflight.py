@@ -172,8 +172,11 @@ def read_through_lmdb(path: Path) -> None:
     size = (path / "data.mdb").stat().st_size
     with lmdb.open(str(path), map_size=max(size * 2, 1 << 26), max_dbs=64, readahead=False, mode=0o600) as env:
         with env.begin() as txn:
-            dbs = {bytes(key).decode(): env.open_db(bytes(key), txn, create=False) for key, _ in txn.cursor()}
-            for db in dbs.values():
+            names = [bytes(name) for name, _ in txn.cursor()]
+        # not within the read transaction, with whose end they would be closed
+        dbs = [env.open_db(name, create=False) for name in names]
+        with env.begin() as txn:
+            for db in dbs:
                 with txn.cursor(db) as cursor:
                     more = cursor.last()
                     for _ in range(NEWEST):
@@ -182,7 +185,7 @@ def read_through_lmdb(path: Path) -> None:
                         bytes(cursor.value())
                         more = cursor.prev()
         with env.begin(write=True) as txn:
-            for db in dbs.values():
+            for db in dbs:
                 txn.put(b"\xff" * 8, bytes(20_000), db=db)
             txn.abort()
 
