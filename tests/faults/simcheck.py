@@ -6,10 +6,14 @@ them differed, and the violations found. ``root/at`` tells which state a process
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import json
 import os
 import random
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -36,6 +40,8 @@ class Mark(msgspec.Struct):
     commit: Commit | None = None
     producers: list[ProducerBook] = []
     first_seq: int = 1
+    last_seq: int = 0
+    cursors: list[Unit] = []
 
 
 class Content(NamedTuple):
@@ -80,6 +86,8 @@ class Oracle:
         if mark.kind == "ack":
             acked = promise.acked | {(book.producer_id, book.epoch): book.watermark for book in mark.producers}
             return promise._replace(acked=acked)
+        if mark.kind == "opened":
+            return self._resolve(mark, promise)
         if mark.kind == "begin":
             assert mark.commit is not None
             self._add(mark.commit)
@@ -89,6 +97,18 @@ class Oracle:
             return promise._replace(begun=promise.begun - 1)
         self.contents[-1] = self.contents[-1]._replace(first_seq=mark.first_seq)
         return promise._replace(ended=promise.ended + 1)
+
+    def _resolve(self, mark: Mark, promise: Promise) -> Promise:
+        """A bus has started: whether the transaction that its predecessor was killed in had come through."""
+        found = mark.last_seq, {unit.consumer: unit.cursor for unit in mark.cursors}
+        while len(self.contents) > 1 and promise.begun > promise.ended:
+            content = self.contents[-1]
+            if found == (content.last_seq, {name: unit.cursor for name, unit in content.cursors.items()}):
+                break
+            self._forget(self.contents.pop())
+            promise = promise._replace(begun=promise.begun - 1)
+        self.contents[-1] = self.contents[-1]._replace(first_seq=mark.first_seq)
+        return promise._replace(ended=promise.begun)
 
     def _add(self, commit: Commit) -> None:
         old = self.contents[-1]
@@ -139,9 +159,13 @@ class Checker:
     def check(self, data_dir: Path, promise: Promise, go_on: bool) -> None:
         store = open_store(data_dir, self.config)
         try:
+            for notice in getattr(store._env, "notices", []):
+                raise Violation(f"repaired: {notice}")
             content = self._content(store, promise)
             self._events(store, content)
             self._index(store, content)
+            for worker in data_dir.glob("workers/*"):
+                self._worker(worker, content)
             if go_on:
                 self._continue(store, content)
         finally:
@@ -212,6 +236,28 @@ class Checker:
             if found != [seq for seq in self.oracle.hits[key] if first <= seq <= content.last_seq]:
                 raise Violation(f"index: hash {key.hex()} gives other events than were committed")
 
+    def _worker(self, directory: Path, content: Content) -> None:
+        """The store of a plugin process: it has seen nothing that is not on the tape, and owes what it emitted."""
+        name = directory.name
+        store = open_store(directory, {})
+        try:
+            for notice in getattr(store._env, "notices", []):
+                raise Violation(f"worker repaired: {notice}")
+            cursor = store.cursors().get(name)
+            if cursor is not None and cursor.cursor > content.last_seq:
+                raise Violation(f"worker: at {cursor.cursor}, the tape ends at {content.last_seq}")
+            kept = store.state(name)
+        finally:
+            store.close()
+        epoch = int.from_bytes(kept.get("\0epoch", b""), "big")
+        emitted = int.from_bytes(kept.get("\0next", b"\1"), "big") - 1
+        owed = sorted(int(key.removeprefix("\0out:")) for key in kept if key.startswith("\0out:"))
+        if owed != list(range(emitted - len(owed) + 1, emitted + 1)):
+            raise Violation(f"worker: owes {len(owed)} events with a hole, the last is {emitted}")
+        taken = max((book.watermark for key, book in content.producers.items() if key[1] == epoch and epoch), default=0)
+        if not emitted - len(owed) <= taken <= emitted:
+            raise Violation(f"worker: emitted {emitted}, owes {len(owed)}, the tape has {taken}")
+
     def _continue(self, store: Any, content: Content) -> None:
         last = content.last_seq
         added: list[Block] = []
@@ -231,6 +277,20 @@ class Checker:
             place = block.last_seq
         if place != last:
             raise Violation(f"continued: the tape ends at {place} instead of {last}")
+
+
+def look_in_this_process(real: Any) -> Any:
+    """The look at a tape before it is opened, without a child: this process may die of it just as well."""
+
+    def run(module: str, *arguments: str, timeout: float | None = None) -> Any:
+        if module != "tapebus_store.preflight":
+            return real(module, *arguments, timeout=timeout)
+        found = io.StringIO()
+        with contextlib.redirect_stdout(found):
+            code = importlib.import_module(module).main(list(arguments))
+        return subprocess.CompletedProcess(arguments, code, found.getvalue().encode(), b"")
+
+    return run
 
 
 class Violation(AssertionError):
@@ -257,6 +317,8 @@ def run(trace: str, root: str, seed: int, count: int, skip: int, config: dict[st
     calls, place = read_trace(Path(trace)), Path(root)
     oracle, chance = Oracle(calls), random.Random(seed)
     checker = Checker(oracle, config, random.Random(seed + 1))
+    quarantine = importlib.import_module("tapebus_store.quarantine")
+    quarantine._run = look_in_this_process(quarantine._run)
     at = os.open(place / "at", os.O_WRONLY | os.O_CREAT, 0o600)
     seen, different, violations = 0, set(), []
     for number, (calls_done, image) in enumerate(crash_states(calls, count, chance)):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fault_plugins import DERIVED, TRIGGERS, install
 from ledger import Checker, Verdict
 from producers import Producer, finish
 
@@ -24,18 +25,6 @@ HERE = Path(__file__).parent
 SHUTDOWN, NO_LOG_FLUSH = 0x8004587D, 2
 SIZE = {"ext4": 96 << 20, "xfs": 320 << 20}
 RATES = {"elite_guard": 500, "webapp": 3000}
-DERIVING = """
-from tapebus import Consumer, hookimpl
-
-@hookimpl
-def tapebus_register_consumers(context):
-    def handle(batch):
-        for event in batch:
-            context.state["count"] = b"%d" % (int(context.state.get("count", b"0")) + 1)
-            context.emit("NAME_made", {"of": event.bus_seq}, cause=event)
-
-    return [Consumer(name="NAME", topics=["user_action"], handler=handle, mode="MODE", start="first")]
-"""
 COUNT = """
 import sys
 from tapebus import Tape
@@ -98,15 +87,6 @@ def volume(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Volume]:
         made.close()
 
 
-def install(site: Path, name: str, mode: str) -> None:
-    """A plugin, as pip would leave it in `site`, that derives one event from each action."""
-    (site / f"tapebus_{name}.py").write_text(DERIVING.replace("NAME", name).replace("MODE", mode))
-    info = site / f"tapebus_{name}-0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: tapebus-{name}\nVersion: 0\n")
-    (info / "entry_points.txt").write_text(f"[tapebus.plugins]\n{name} = tapebus_{name}\n")
-
-
 def move(bus: Any, data_dir: Path) -> None:
     """Put the data directory of a bus elsewhere; configuration and log stay."""
     bus.config_file.write_text(bus.config_file.read_text().replace(str(bus.data_dir), str(data_dir)))
@@ -140,17 +120,14 @@ def test_what_was_acknowledged_outlives_power_cuts(
     chance: Any,
     figures: dict[str, Any],
 ) -> None:
-    derived = {"tally_made": "user_action", "count_made": "user_action"}
-    install(tmp_path, "tally", "inline")
-    install(tmp_path, "count", "process")
-    bus = make_bus(["schema", "store", "tally", "count"], "[plugins.store]\nseal_events = 1000")
-    bus.python_path = [str(tmp_path)]
+    bus = make_bus(["schema", "store", *DERIVED], "[plugins.store]\nseal_events = 1000")
+    install(bus, tmp_path / "plugins")
     move(bus, volume.path / "data")
     recoveries, cycles = [], size(2, 100, 500)
     bus.start()
     producers = [Producer(bus.acked, source, tmp_path, rate=rate) for source, rate in RATES.items()]
     ledgers = [each.ledger for each in producers]
-    checker = Checker(bus.data_dir, ledgers, derived)
+    checker = Checker(bus.data_dir, ledgers, TRIGGERS)
     try:
         wait_until(lambda: all(each.acked for each in producers), "the first acknowledgements")
         for cycle in range(cycles):
@@ -164,7 +141,7 @@ def test_what_was_acknowledged_outlives_power_cuts(
             )
             recoveries.append(max(each.acked_at for each in ledgers) - begun)
         ends = finish(producers)
-        whole = Checker(bus.data_dir, ledgers, derived)
+        whole = Checker(bus.data_dir, ledgers, TRIGGERS)
         wait_until(lambda: whole.read_on() == 0 and whole.underived() == 0, "every derived event")
         verdict = whole.verdict(bus.stats())
         assert not verdict.wrong, verdict

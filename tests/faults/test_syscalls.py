@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import errno
-import mmap
-import struct
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,50 +10,17 @@ from typing import Any
 
 import pytest
 from ledger import Checker
-from preload import built
+from preload import DATA, META, SYNC, Faults
 from producers import Producer, finish
 
 from bus_support import wait_until
 
-DATA, META, SYNC = 1, 2, 4
 CALLS = {"data": DATA, "meta": META, "sync": SYNC}
 SHORT = -1
 IO_ERROR = 74
 #: Events per second of each producer: so many that the store is never idle.
 RATE = 1000
 SMALL = "[plugins.store]\ninitial_bytes = 1048576\nseal_events = 500\n"
-
-
-class Faults:
-    """What is to fail, in memory shared with the bus; see ``fail.c``."""
-
-    FIELDS = struct.Struct("=6q")
-
-    def __init__(self, directory: Path, root: Path) -> None:
-        file = directory / "orders"
-        file.write_bytes(bytes(self.FIELDS.size))
-        with file.open("r+b") as opened:
-            self._map = mmap.mmap(opened.fileno(), self.FIELDS.size)
-        self.variables = {
-            "LD_PRELOAD": str(built("fail")),
-            "FAIL_ROOT": str(root),
-            "FAIL_ORDERS": str(file),
-        }
-
-    def order(self, which: int, error: int, nth: int, times: int = 1) -> None:
-        """Let calls number `nth` to ``nth + times - 1`` from now on fail with `error`."""
-        self.FIELDS.pack_into(self._map, 0, 0, error, nth, times, 0, 0)
-        self._map[0:8] = which.to_bytes(8, "little")
-
-    def none(self) -> None:
-        self._map[0:8] = bytes(8)
-
-    @property
-    def failed(self) -> int:
-        return int(self.FIELDS.unpack_from(self._map)[5])
-
-    def close(self) -> None:
-        self._map.close()
 
 
 class Rig:

@@ -40,6 +40,10 @@ class Marked:
 
 
 class MarkedStore(Marked):
+    def __init__(self, real: Any) -> None:
+        super().__init__(real)
+        note("opened", first_seq=real.first_seq(), last_seq=real.last_seq(), cursors=list(real.cursors().values()))
+
     def commit(self, commit: Commit) -> None:
         note("begin", commit=commit)
         self._run(self._real.commit, commit)
