@@ -19,6 +19,7 @@ import tapebus_store
 from tapebus.errors import ConfigError, CorruptError, StoreError, StoreFull, TapebusError
 from tapebus.events import DeadLetter
 from tapebus.store import Commit, ProducerBook, Unit
+from tapebus_store.ages import APART_S, Ages
 
 sys.path.insert(0, str(Path(__file__).parent))
 from store_support import block, fill, open_store, raws, upkeep
@@ -165,8 +166,10 @@ def test_many_sealed_blocks_share_few_index_runs(store: tapebus_store.LmdbStore)
 def test_each_retention_rule_removes_the_oldest_blocks_and_no_book(tmp_path: Path, rule: dict[str, float]) -> None:
     store = open_store(tmp_path, **rule)
     store.commit(Commit(units=[Unit("slow", 1)], producers=[ProducerBook(b"p" * 16, 1, stored=9)]))
-    made = fill(store, 100)
-    upkeep(store)
+    made = fill(store, 50)
+    upkeep(store, now=100.0)
+    made += fill(store, 50)
+    upkeep(store, now=161.0)
     first = store.first_seq()
     assert 1 < first < 500
     assert raws(store.blocks()) == [raw for raw in raws(made) if int(raw.split(b":")[0]) >= first]
@@ -177,12 +180,51 @@ def test_each_retention_rule_removes_the_oldest_blocks_and_no_book(tmp_path: Pat
     store.close()
 
 
-def test_a_clock_that_jumps_ahead_removes_nothing(tmp_path: Path) -> None:
-    store = open_store(tmp_path, max_age_days=1)
-    fill(store, 10)
-    upkeep(store, now=1e15)
-    assert store.first_seq() == 1
-    store.close()
+def aged(path: Path, *steps: tuple[str, float, int]) -> list[int]:
+    """The oldest event kept after each step: (boot, what its steady clock shows, blocks written just before)."""
+    firsts = []
+    for boot, now, blocks in steps:
+        store = open_store(path, max_age_days=1, seal_events=5)
+        store._upkeep._boot = boot
+        fill(store, blocks)
+        upkeep(store, now)
+        firsts.append(store.first_seq())
+        store.close()
+    return firsts
+
+
+DAY = 86400.0
+
+
+def test_age_is_the_time_that_has_passed_for_certain(tmp_path: Path) -> None:
+    within = [("a", 10.0, 4), ("a", 10.0 + DAY / 2, 4), ("a", 9.0 + DAY, 0), ("a", 10.0 + DAY, 0), ("a", 3 * DAY, 4)]
+    assert aged(tmp_path / "within one boot", *within) == [1, 1, 1, 21, 41]
+    across = [("a", 10.0, 4), ("b", 500.0, 4), ("c", DAY - 501.0, 0), ("c", DAY - 500.0, 0), ("c", DAY, 4)]
+    assert aged(tmp_path / "across boots", *across) == [1, 1, 1, 21, 41]
+
+
+def test_what_was_before_the_first_start_does_not_make_the_tape_older(tmp_path: Path) -> None:
+    assert aged(tmp_path, ("a", 1000 * DAY, 4), ("a", 1000.9 * DAY, 0), ("a", 1001 * DAY, 0)) == [1, 1, 16]
+
+
+def test_marks_of_age_are_few_and_make_nothing_older_than_it_is() -> None:
+    ages = Ages()
+    written: list[float] = []
+    for second in range(100_000):
+        written.append(ages.clock)
+        ages.advance("a", second)
+        if ages.due(len(written), 0.0 if second < 50_000 else 5000.0):
+            ages.mark(len(written), 0.0 if second < 50_000 else 5000.0)
+        if second % 999 == 0:
+            old = ages.older(5000.0)
+            assert all(ages.clock - at >= 5000.0 for at in written[:old])
+            assert second < 60_000 or ages.clock - written[old] <= 5000.0 * (1 + 2 / 256)
+    assert len(ages.marks) <= 260
+    long = Ages()
+    for n in range(5000):
+        long.advance("a", n * APART_S)
+        long.mark(n + 1, 0.0)
+        assert len(long.marks) <= 1024 and long.marks == sorted(long.marks)
 
 
 def test_a_tiny_map_grows_by_itself(tmp_path: Path) -> None:

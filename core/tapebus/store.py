@@ -7,7 +7,10 @@ it compresses and checksums ``payload`` and keeps the ``corr`` run as an index.
 
 from __future__ import annotations
 
+import time
+import uuid
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 from msgspec import Struct
@@ -124,6 +127,25 @@ class Commit(Struct):
     settled: list[int] = []
 
 
+_PROCESS = uuid.uuid4().hex
+_STARTED = time.monotonic()
+
+
+def boot_id() -> str:
+    """What `steady_clock` counts from: this boot of the machine, or this process where that cannot be told."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return _PROCESS
+
+
+def steady_clock() -> float:
+    """Seconds since `boot_id` began, on a clock that nobody can set; suspends count where the system tells."""
+    if hasattr(time, "CLOCK_BOOTTIME") and Path("/proc/sys/kernel/random/boot_id").exists():
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+    return time.monotonic() - _STARTED
+
+
 class StoreReader(Protocol):
     """Read access; usable in any process while another one writes. Every call is one short transaction."""
 
@@ -190,6 +212,9 @@ class Store(StoreReader, Protocol):
         """Try to take the reserve back; True when there is room again and ``shortage`` is over."""
 
     def maintain(self, now: float) -> bool:
-        """Do one bounded piece of upkeep (sealing, retention, reader check); True when more waits."""
+        """Do one bounded piece of upkeep (sealing, retention, reader check); True when more waits.
+
+        `now` is what `steady_clock` shows.
+        """
 
     def purge_dead(self, ids: Iterable[int]) -> int: ...

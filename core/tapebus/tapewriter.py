@@ -14,7 +14,7 @@ from tapebus._ring import Ring
 from tapebus.errors import CorruptError, StoreError, StoreFull
 from tapebus.events import DeadLetter
 from tapebus.failpoints import failpoint
-from tapebus.store import Block, Commit, Store, Unit
+from tapebus.store import Block, Commit, Store, Unit, steady_clock
 
 log = logging.getLogger("tapebus.tape")
 MAX_BLOCK_BYTES = 512 << 10
@@ -194,7 +194,7 @@ class TapeWriter(threading.Thread):
         more = False
         failpoint("tape.before_upkeep")
         try:
-            more = self.store is not None and self.store.maintain(time.time())
+            more = self.store is not None and self.store.maintain(steady_clock())
         except (StoreFull, CorruptError) as error:
             log.error("upkeep of the tape was put off: %s", error)
         failpoint("tape.after_upkeep")

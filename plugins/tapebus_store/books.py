@@ -8,10 +8,12 @@ import msgspec
 
 from tapebus.errors import CorruptError, StoreError
 from tapebus.store import ProducerBook, Unit
+from tapebus_store.ages import Ages
 from tapebus_store.layout import MAJOR, MAX_KEY, MINOR
 
 VERSION_KEY = b"version"
 TAPE_KEY = b"tape"
+AGES_KEY = b"ages"
 TOPIC_PREFIX = b"topic:"
 COUNTER_PREFIX = b"counter:"
 HOLE_PREFIX = b"hole:"
@@ -82,6 +84,7 @@ def check_version(stored: bytes, where: object) -> None:
 _packer = msgspec.msgpack.Encoder()
 encode = _packer.encode
 decode_tape = msgspec.msgpack.Decoder(TapeRecord).decode
+decode_ages = msgspec.msgpack.Decoder(Ages).decode
 decode_producer = msgspec.msgpack.Decoder(ProducerBook).decode
 
 

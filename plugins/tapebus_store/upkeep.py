@@ -7,18 +7,21 @@ from typing import TYPE_CHECKING
 
 import lmdb
 import zstandard
+from msgspec.structs import replace
 
 from tapebus.blocks import merge_payloads, merge_runs
 from tapebus.errors import CorruptError
 from tapebus.failpoints import failpoint
-from tapebus.store import Block
+from tapebus.store import Block, boot_id
 from tapebus_store import books, layout
+from tapebus_store.ages import Ages
 from tapebus_store.environment import Environment
 
 if TYPE_CHECKING:
     from tapebus_store.writer import StoreConfig
 
 Work = Callable[[lmdb.Transaction, books.TapeRecord], None]
+Put = Callable[[lmdb.Transaction, str, bytes, bytes], None]
 
 #: So many one-event blocks are merged even before ``seal_events`` is reached: reading them costs.
 MAX_HOT_BLOCKS = 1024
@@ -33,12 +36,19 @@ DAY_S = 86400.0
 class Upkeep:
     """Chooses and does one bounded piece of upkeep at a time, on the writer's thread."""
 
-    def __init__(self, environment: Environment, config: StoreConfig) -> None:
+    def __init__(self, environment: Environment, config: StoreConfig, put: Put) -> None:
         self._env = environment
+        self._put = put
         self._config = config
         self._checked_at = 0.0
+        self._ages = Ages()
+        self._boot = boot_id()
         self._compress = zstandard.ZstdCompressor(level=3)
         self._expand = zstandard.ZstdDecompressor()
+
+    def keep_time(self, ages: Ages) -> None:
+        """Continue from what the tape knows about its age."""
+        self._ages = ages
 
     def check_readers(self, now: float) -> None:
         """Free the slots of dead readers, which would keep old pages from being used again."""
@@ -47,9 +57,12 @@ class Upkeep:
             self._env.env.reader_check()
 
     def next_piece(self, tape: books.TapeRecord, now: float) -> Work | None:
-        """What is due most, as a transaction body; None when nothing is."""
-        if self._too_much(tape, now):
-            return lambda txn, record: self._drop(txn, record, now)
+        """What is due most at `now` on the steady clock, as a transaction body; None when nothing is."""
+        self._ages.advance(self._boot, now)
+        if self._ages.due(tape.last_seq, self._max_age):
+            return self._mark
+        if self._too_much(tape):
+            return self._drop
         if (
             tape.hot_events >= self._config.seal_events
             or tape.hot_raw >= self._config.seal_bytes
@@ -162,7 +175,18 @@ class Upkeep:
 
     # -- retention ------------------------------------------------------------------------------
 
-    def _too_much(self, tape: books.TapeRecord, now: float) -> bool:
+    @property
+    def _max_age(self) -> float:
+        return self._config.max_age_days * DAY_S
+
+    def _mark(self, txn: lmdb.Transaction, tape: books.TapeRecord) -> None:
+        """Note where the tape ends now, so that its age can be told later."""
+        ages = replace(self._ages, marks=self._ages.marks[:])
+        ages.mark(tape.last_seq, self._max_age)
+        self._put(txn, "meta", books.AGES_KEY, books.encode(ages))
+        self._ages = ages
+
+    def _too_much(self, tape: books.TapeRecord) -> bool:
         """Whether a retention rule is broken by the oldest block. The newest block is always kept."""
         if tape.hot_blocks + tape.sealed_blocks < 2:
             return False
@@ -172,19 +196,18 @@ class Upkeep:
         with self._env.reading() as txn, txn.cursor(self._env.dbs["blocks"]) as cursor:
             if not cursor.first():
                 return False
-            return self._breaks(tape, layout.decode_header(cursor.key(), cursor.value()), now)
+            return self._breaks(tape, layout.decode_header(cursor.key(), cursor.value()))
 
-    def _breaks(self, tape: books.TapeRecord, oldest: layout.Header, now: float) -> bool:
+    def _breaks(self, tape: books.TapeRecord, oldest: layout.Header) -> bool:
         """Whether a tape whose oldest block is `oldest` still has too much, by any of the rules."""
         config = self._config
         if config.max_events and tape.events > config.max_events:
             return True
         if config.max_bytes_kept and tape.block_bytes + tape.corr_bytes > config.max_bytes_kept:
             return True
-        age = min(now, tape.newest) - oldest.max_received
-        return bool(config.max_age_days) and age > config.max_age_days * DAY_S
+        return bool(config.max_age_days) and oldest.last_seq <= self._ages.older(self._max_age)
 
-    def _drop(self, txn: lmdb.Transaction, tape: books.TapeRecord, now: float) -> None:
+    def _drop(self, txn: lmdb.Transaction, tape: books.TapeRecord) -> None:
         """Remove oldest blocks that break a rule, a bounded number, and index runs wholly before the rest."""
         kept_from = 0
         with txn.cursor(self._env.dbs["blocks"]) as cursor:
@@ -193,7 +216,7 @@ class Upkeep:
                     break
                 value = cursor.value()
                 header = layout.decode_header(cursor.key(), value)
-                if not self._breaks(tape, header, now):
+                if not self._breaks(tape, header):
                     break
                 self._forget(tape, header, len(value))
                 cursor.delete()

@@ -101,6 +101,7 @@ class LmdbStore(LmdbReader):
         with self._env.reading() as txn:
             version = self._get(txn, "meta", books.VERSION_KEY)
             record = self._get(txn, "meta", books.TAPE_KEY)
+            ages = self._get(txn, "meta", books.AGES_KEY)
             with txn.cursor(self._env.dbs["blocks"]) as cursor:
                 newest = layout.decode_header(cursor.key(), cursor.value()).last_seq if cursor.last() else None
             if version is not None:
@@ -118,7 +119,9 @@ class LmdbStore(LmdbReader):
         self._reserve = Reserve(self._env.path)
         if not self._reserve.take():
             self.shortage = NO_RESERVE
-        self._upkeep = Upkeep(self._env, self._config)
+        self._upkeep = Upkeep(self._env, self._config, self._put)
+        if ages is not None:
+            self._upkeep.keep_time(books.decode_ages(ages))
         if version is None or self._mirror_is_empty():
             failpoint("store.created")
             self._durably(self._write_first)
@@ -318,11 +321,7 @@ class LmdbStore(LmdbReader):
     # -- upkeep ---------------------------------------------------------------------------------
 
     def maintain(self, now: float) -> bool:
-        """Do one bounded piece of upkeep; True when more waits. `now` is in Unix seconds.
-
-        Age is measured against the newest received event where that is earlier than `now`, so a
-        clock that jumps ahead removes nothing.
-        """
+        """Do one bounded piece of upkeep; True when more waits. `now` is what `steady_clock` shows."""
         self._env.check_process()
         self._note_long_run()
         self._upkeep.check_readers(now)
