@@ -27,13 +27,10 @@ class Room:
         self.acked: list[tuple[str, float, str]] = []
         self.most = 0
 
-    def _setup(self, source: str, outbox: Any) -> None:
-        self.source = source
-
-    def publish(self, event_type: str, data: dict[str, Any], timestamp: float, **envelope: Any) -> bool:
+    def publish(self, event_type: str, data: dict[str, Any], timestamp: float, source: str, **envelope: Any) -> bool:
         if data.get("too_large") or len(self.waiting) >= self.room:
             return False
-        self.waiting.append((event_type, timestamp, self.source))
+        self.waiting.append((event_type, timestamp, source))
         self.most = max(self.most, len(self.waiting))
         return True
 

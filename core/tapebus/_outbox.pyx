@@ -7,11 +7,13 @@ and forks. Encoding, which may run user code, comes before the ring is touched.
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport free, malloc
+from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from posix.time cimport CLOCK_REALTIME, clock_gettime, timespec
 from posix.unistd cimport write
+
+from tapebus._blocks cimport crc32c_update
 
 import collections.abc
 import datetime
@@ -25,15 +27,27 @@ from tapebus.events import PRIORITIES, Wire
 cdef enum:
     ENCODE = 1       # codes of wire.PLACES
     RING_FULL = 2
+    SPOOL_FULL = 3
     ABANDONED = 4
     N_PLACES = 8
     ARRAY_HEADER = 5
+    MARK_AT = 2048   # of a spool file, see docs/decisions/0008
+    RECORDS_AT = 4096
+    SIZE_BITS = 24
 
 cdef uint64_t NEVER = 0xFFFFFFFFFFFFFFFF
 
 #: The largest event that fits a frame alone, in bytes.
 MAX_EVENT = wire.MAX_FRAME - wire.HEAD.size - wire.S_BATCH.size - ARRAY_HEADER
 cdef Py_ssize_t max_event = MAX_EVENT
+
+
+cdef extern from *:
+    """
+    /* What was written to a spool before stays before: a killed process leaves its stores in this order. */
+    #define store(at, value) __atomic_store_n(at, value, __ATOMIC_RELEASE)
+    """
+    void store(uint64_t *at, uint64_t value) noexcept
 
 
 cdef struct entry_t:
@@ -44,8 +58,29 @@ cdef struct entry_t:
     uint8_t place    # 0: an event; else the place at which first..last were dropped
 
 
+# The half of a spool's first page that changes. Numbers in a file are never shifted: a number on the wire
+# is the one in the file less `shift`.
+cdef struct mark_t:
+    uint64_t read_at     # where the first record that is not acknowledged begins, or an older one
+    uint64_t acked       # every number up to here needs no sending
+    uint64_t next_seq    # the next number to be given; 0: a new file
+    uint64_t current     # which of the two names below is valid: a change is one store
+    uint64_t epoch[2]
+    uint64_t shift[2]
+    uint64_t lost_place  # place of the last drop when no event followed, else 0
+
+
+cdef struct record_t:
+    uint32_t crc         # of all that follows, the event included
+    uint32_t size_place  # bytes of the event; above SIZE_BITS the place of a hole in the numbers before it
+    uint64_t seq
+
+
 cdef class Outbox:
     """Events waiting for the bus, numbered 1, 2, 3 … without holes, in memory allocated once.
+
+    With `memory`, the content of a spool file, they are kept there as records that a later process can take
+    over: `recover` says how many of them were cut off. The record is complete before its number is.
 
     A dropped event takes a number too: it is kept as a range ``(first, last, place)`` that is sent to the
     bus in its turn. Neighbouring drops at one place share a range; when even the table of entries is full,
@@ -59,7 +94,12 @@ cdef class Outbox:
         readonly uint64_t capacity_bytes
         uint64_t n_entries          # capacity of the table: one more than events, for the last range
         uint64_t tail, head         # entries ever freed, entries ever written
-        uint64_t read_at, write_at  # bytes ever freed, bytes ever written, padding at the end included
+        uint64_t read_at, write_at  # bytes ever acknowledged, bytes ever written, padding at the end included
+        uint64_t free_at            # bytes that may be written over: `read_at`, or what of it a disk has heard of
+        uint64_t overhead           # bytes of a record before its event
+        mark_t *mark                # NULL without a spool
+        uint8_t[::1] memory
+        readonly bint careful       # acknowledged room is reused only after `synced`
         readonly uint64_t next_seq
         readonly uint64_t published  # events ever given a number or turned away after close
         readonly uint64_t waiting    # events now in the ring
@@ -67,25 +107,40 @@ cdef class Outbox:
         uint64_t dropped[N_PLACES]
         public uint64_t wake_at      # publish() wakes the sender when it gives out this number or a later one
 
-    def __cinit__(self, uint64_t capacity_events=65536, uint64_t capacity_bytes=16 << 20, uint64_t first_seq=1):
+    def __cinit__(self, uint64_t capacity_events=65536, uint64_t capacity_bytes=16 << 20, uint64_t first_seq=1,
+                  uint8_t[::1] memory=None, uint64_t epoch=0, bint careful=False):
         if capacity_events < 1 or capacity_bytes < 1 or first_seq < 1:
             raise ValueError("capacity_events, capacity_bytes and first_seq must be at least 1")
         self.capacity_events, self.capacity_bytes = capacity_events, capacity_bytes
         self.n_entries = capacity_events + 1
         self.entries = <entry_t *>malloc(self.n_entries * sizeof(entry_t))
-        self.ring = <uint8_t *>malloc(capacity_bytes)
+        if memory is None:
+            self.ring = <uint8_t *>malloc(capacity_bytes)
+        elif <uint64_t>memory.shape[0] < RECORDS_AT + capacity_bytes:
+            raise ValueError("the memory of a spool must hold its first page and capacity_bytes")
+        else:
+            self.memory = memory
+            self.mark = <mark_t *>&memory[MARK_AT]
+            self.ring = &memory[RECORDS_AT]
+            self.overhead = sizeof(record_t)
+            self.careful = careful
         if self.entries == NULL or self.ring == NULL:
             raise MemoryError(f"no memory for an outbox of {capacity_bytes} bytes: lower capacity_bytes")
         self.reset(first_seq)
+        if self.mark != NULL and self.mark.next_seq == 0:
+            self.mark.epoch[0] = epoch
+            self.mark.next_seq = first_seq
+            self.mark.acked = first_seq - 1
 
     def __dealloc__(self):
         free(self.entries)
-        free(self.ring)
+        if self.mark == NULL:
+            free(self.ring)
 
     cpdef void reset(self, uint64_t first_seq=1) except *:
         """Forget everything, the counters included, and begin again at `first_seq`."""
         cdef int i
-        self.tail = self.head = self.read_at = self.write_at = 0
+        self.tail = self.head = self.read_at = self.write_at = self.free_at = 0
         self.published = self.waiting = self.renumbered = 0
         self.next_seq = self.wake_at = first_seq
         for i in range(N_PLACES):
@@ -97,21 +152,31 @@ cdef class Outbox:
     cdef bint reserve(self, uint64_t size, uint64_t *start) noexcept:
         """Finds room for `size` bytes in one piece; the rest of the ring's end is skipped if it is too short."""
         cdef uint64_t offset
-        if not self.waiting:
-            self.read_at = self.write_at = 0
+        cdef bint empty = self.free_at == self.write_at
+        # The same few pages again and again, unless a disk may know an older beginning.
+        if empty and not self.careful:
+            self.read_at = self.write_at = self.free_at = 0
+            if self.mark != NULL:
+                self.mark.read_at = 0
         offset = self.write_at % self.capacity_bytes
         start[0] = self.write_at
         if offset + size > self.capacity_bytes:
             start[0] += self.capacity_bytes - offset
-        return start[0] + size - self.read_at <= self.capacity_bytes
+            if empty:
+                self.read_at = self.write_at = self.free_at = start[0]
+        return start[0] + size - self.free_at <= self.capacity_bytes
 
     cdef uint64_t put(self, const uint8_t *data, uint64_t size) noexcept:
         cdef uint64_t start, seq
         cdef entry_t *entry
-        if self.head - self.tail >= self.capacity_events or not self.reserve(size, &start):
-            self.lose(RING_FULL)
+        if self.head - self.tail >= self.capacity_events or not self.reserve(size + self.overhead, &start):
+            self.lose(RING_FULL if self.mark == NULL else SPOOL_FULL)
             return 0
-        memcpy(self.ring + start % self.capacity_bytes, data, size)
+        if self.mark == NULL:
+            memcpy(self.ring + start % self.capacity_bytes, data, size)
+        else:
+            self.write_record(start % self.capacity_bytes, data, size)
+            start += sizeof(record_t)
         self.write_at = start + size
         seq = self.next_seq
         entry = self.at(self.head)
@@ -122,6 +187,121 @@ cdef class Outbox:
         self.published += 1
         self.waiting += 1
         return seq
+
+    cdef void write_record(self, uint64_t offset, const uint8_t *data, uint64_t size) noexcept:
+        cdef record_t *record = <record_t *>(self.ring + offset)
+        cdef record_t head
+        head.size_place = <uint32_t>size
+        if self.head > self.tail:
+            head.size_place |= <uint32_t>self.at(self.head - 1).place << SIZE_BITS
+        head.seq = self.next_seq + self.renumbered
+        head.crc = crc32c_update(0, <uint8_t *>&head + 4, sizeof(record_t) - 4)
+        head.crc = crc32c_update(head.crc, data, size)
+        memcpy(record, &head, sizeof(record_t))
+        memcpy(self.ring + offset + sizeof(record_t), data, size)
+        self.mark.lost_place = 0
+        store(&self.mark.next_seq, head.seq + 1)
+
+    cdef bint read_record(self, uint64_t at, uint64_t after, record_t *record) noexcept:
+        """Whether an intact record with a number above `after` lies at `at`."""
+        cdef uint64_t offset = at % self.capacity_bytes, size
+        record.seq = 0
+        if offset + sizeof(record_t) > self.capacity_bytes:
+            return False
+        memcpy(record, self.ring + offset, sizeof(record_t))
+        size = record.size_place & ((1 << SIZE_BITS) - 1)
+        if not size or offset + sizeof(record_t) + size > self.capacity_bytes or record.seq <= after:
+            return False
+        return crc32c_update(0, self.ring + offset + 4, sizeof(record_t) - 4 + size) == record.crc
+
+    def recover(self):
+        """Take over what is in the spool, once, before anything else; returns how many torn records were cut off.
+
+        What its maker dropped, and numbers whose records never reached the disk, become dropped ranges.
+        """
+        cdef mark_t *mark = self.mark
+        cdef uint64_t last = 0, at = mark.read_at, lap
+        cdef record_t record, torn
+        self.renumbered = mark.shift[mark.current & 1]
+        self.next_seq = mark.acked - self.renumbered + 1
+        self.read_at = self.free_at = self.write_at = at
+        while True:
+            if not self.read_record(at, last, &record):
+                torn = record
+                lap = at - at % self.capacity_bytes + self.capacity_bytes
+                if not self.read_record(lap, last, &record):
+                    break
+                at = lap
+            last = record.seq
+            self.take_over(at, &record)
+            at += sizeof(record_t) + (record.size_place & ((1 << SIZE_BITS) - 1))
+        self.skip_to(mark.next_seq, mark.lost_place)
+        self.published += self.waiting
+        self.wake_at = self.next_seq
+        return last < torn.seq <= mark.next_seq
+
+    cdef entry_t *enter(self) except NULL:
+        """Room for one more entry while nothing is freed: a spool may hold more than it was made for."""
+        cdef entry_t *entries
+        if self.head + 1 >= self.n_entries:
+            entries = <entry_t *>realloc(self.entries, 2 * self.n_entries * sizeof(entry_t))
+            if entries == NULL:
+                raise MemoryError("no memory to take over a spool")
+            self.entries = entries
+            self.n_entries *= 2
+        self.head += 1
+        return &self.entries[self.head - 1]
+
+    cdef int take_over(self, uint64_t at, record_t *record) except -1:
+        cdef entry_t *entry
+        cdef uint64_t size = record.size_place & ((1 << SIZE_BITS) - 1)
+        if record.seq <= self.mark.acked:
+            return 0
+        self.skip_to(record.seq, record.size_place >> SIZE_BITS)
+        entry = self.enter()
+        entry.first = entry.last = self.next_seq
+        entry.start, entry.size, entry.place = at + sizeof(record_t), <uint32_t>size, 0
+        self.write_at = entry.start + size
+        self.next_seq += 1
+        self.waiting += 1
+        return 0
+
+    cdef int skip_to(self, uint64_t number, uint64_t place) except -1:
+        """Enters the numbers of the file up to before `number` as dropped."""
+        cdef entry_t *entry
+        cdef uint64_t seq = number - self.renumbered
+        if number <= self.renumbered or seq <= self.next_seq:
+            return 0
+        entry = self.enter()
+        if not 0 < place < N_PLACES:
+            place = ABANDONED
+        entry.first, entry.last, entry.place = self.next_seq, seq - 1, <uint8_t>place
+        entry.size, entry.start = 0, self.write_at
+        self.dropped[place] += seq - self.next_seq
+        self.published += seq - self.next_seq
+        self.next_seq = seq
+        return 0
+
+    def detach(self):
+        """Let go of the memory of a spool; nothing can be published any more, the books stay as they are."""
+        if self.mark != NULL:
+            self.mark, self.ring, self.memory = NULL, NULL, None
+            self.tail = self.head = self.capacity_events = 0
+
+    @property
+    def epoch(self):
+        """The epoch the spool is numbered under; 0 without one."""
+        return self.mark.epoch[self.mark.current & 1] if self.mark != NULL else 0
+
+    @property
+    def point(self):
+        """``(bytes ever written, bytes ever acknowledged)``: what a sync that begins now will make durable."""
+        return self.write_at, self.read_at
+
+    def synced(self, uint64_t read_at, bint careful=True):
+        """The disk has the spool as it was at a `point` with this `read_at`; `careful` off: do not wait for more."""
+        self.careful = careful
+        self.free_at = max(self.free_at, read_at) if careful else self.read_at
 
     cdef void lose(self, uint8_t place) noexcept:
         cdef entry_t *entry = NULL
@@ -139,6 +319,9 @@ cdef class Outbox:
         self.dropped[entry.place] += 1
         self.next_seq += 1
         self.published += 1
+        if self.mark != NULL:
+            self.mark.lost_place = entry.place
+            store(&self.mark.next_seq, self.next_seq + self.renumbered)
 
     cpdef uint64_t append(self, bytes event) except? 0:
         """Keep one encoded event; returns its number, or 0 when there is no room (counted ``client.ring_full``)."""
@@ -213,6 +396,11 @@ cdef class Outbox:
                 freed += 1
             self.tail += 1
         self.waiting -= freed
+        if not self.careful:
+            self.free_at = self.read_at
+        if self.mark != NULL:
+            self.mark.acked = max(self.mark.acked, min(seq, self.next_seq - 1) + self.renumbered)
+            store(&self.mark.read_at, self.read_at)
         return freed
 
     @property
@@ -220,21 +408,26 @@ cdef class Outbox:
         """The oldest number that is not acknowledged; `next_seq` when there is none."""
         return self.at(self.tail).first if self.tail < self.head else self.next_seq
 
-    def renumber(self):
-        """Number what is waiting from 1 on, for a bus that does not know this producer's past."""
-        cdef uint64_t index, shift = self.first_pending - 1
+    def renumber(self, uint64_t epoch=0):
+        """Number what is waiting from 1 on under a new `epoch`, for a bus that does not know this producer's past."""
+        cdef uint64_t index, shift = self.first_pending - 1, other
         for index in range(self.tail, self.head):
             self.at(index).first -= shift
             self.at(index).last -= shift
         self.next_seq -= shift
         self.renumbered += shift
         self.wake_at = self.next_seq
+        if self.mark != NULL:
+            other = 1 - (self.mark.current & 1)
+            self.mark.epoch[other], self.mark.shift[other] = epoch, self.renumbered
+            store(&self.mark.current, other)
 
     def abandon(self):
         """Drop all that waits, at ``client.exit_abandoned``; dropped ranges stay counted where they were."""
         self.dropped[ABANDONED] += self.waiting
         self.waiting = 0
         self.tail = self.head
+        self.read_at = self.free_at = self.write_at
 
     def refuse(self):
         """Count an event published after the end; it gets no number, as nobody could be told."""
@@ -310,6 +503,7 @@ cdef class Emitter:
         readonly str source
         public int wake_fd      # -1: no sender yet, `_start` is called instead
         public bint closed
+        public bint unopened    # `_open` is called before the next event: a forked child needs an outbox of its own
 
     def __cinit__(self, *args, **kwargs):
         self.wake_fd = -1
@@ -317,11 +511,17 @@ cdef class Emitter:
     def _setup(self, str source not None, Outbox outbox not None):
         self.source, self.outbox = source, outbox
 
+    def _open(self):
+        """Gives a forked child its outbox."""
+
     def _start(self):
         """Called at the first event; makes whatever drains the outbox."""
 
+    def _confirm(self, number, timeout):
+        """Whether the `number`-th event ever is on disk within `timeout` seconds."""
+
     cdef bytes encoded(self, event_type, data, correlation_id, priority, timestamp, causation_id, user_id,
-                       session_id, event_id):
+                       session_id, event_id, source):
         if not isinstance(event_type, str) or not 0 < len(event_type) <= 100:
             return None
         if type(data) is not dict:
@@ -333,7 +533,7 @@ cdef class Emitter:
         body = encode(make_wire(
             event_type=event_type,
             timestamp=seconds(timestamp),
-            source=self.source,
+            source=self.source if source is None else str(source)[:100],
             data=data,
             correlation_id=text_or_none(correlation_id),
             user_id=text_or_none(user_id),
@@ -345,24 +545,28 @@ cdef class Emitter:
         return body if len(body) <= max_event else None
 
     def publish(self, event_type, data, correlation_id=None, priority=None, timestamp=None, causation_id=None,
-                user_id=None, session_id=None, event_id=None):
+                user_id=None, session_id=None, event_id=None, *, source=None, durable=False, timeout=5.0):
         """Hand one event over: ``True`` when it is kept for the bus, ``False`` when it is counted as dropped.
 
         Never blocks, and raises nothing but `KeyboardInterrupt` and `SystemExit`; safe from any thread.
         `data` is a map (or a struct, dataclass or mapping, which becomes one) and is not kept. `timestamp`
-        is Unix seconds or a `datetime`, now by default; an unknown `priority` counts as none.
+        is Unix seconds or a `datetime`, now by default; an unknown `priority` counts as none; `source` names
+        another component than this publisher's. With `durable` it does block, for at most `timeout` seconds,
+        and ``True`` means that the bus has the event on disk; after ``False`` it may still get there.
         """
         cdef bytes body
-        cdef Outbox box = self.outbox
-        cdef uint64_t seq = 0
-        cdef uint64_t one = 1
+        cdef Outbox box
+        cdef uint64_t seq = 0, number
         try:
             body = self.encoded(event_type, data, correlation_id, priority, timestamp, causation_id, user_id,
-                                session_id, event_id)
+                                session_id, event_id, source)
+            if self.unopened:
+                self._open()
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException:
             body = None
+        box = self.outbox
         if self.closed:
             box.refuse()
             return False
@@ -370,17 +574,25 @@ cdef class Emitter:
             box.lose(ENCODE)
         else:
             seq = box.put(<const uint8_t *>PyBytes_AS_STRING(body), PyBytes_GET_SIZE(body))
+        number = seq + box.renumbered if durable else 0
         if box.next_seq > box.wake_at:
-            if self.wake_fd >= 0:
-                # One wake-up is enough: the sender sets the next mark before it sleeps again.
-                box.wake_at = NEVER
-                write(self.wake_fd, &one, sizeof(one))
-            else:
-                try:
-                    self._start()
-                except (KeyboardInterrupt, SystemExit):
-                    raise
-                except BaseException:
-                    # No thread to be had now: try again a little later, the events are kept.
-                    box.wake_at = box.next_seq + 1000
-        return seq != 0
+            self.wake()
+        if seq == 0:
+            return False
+        return self._confirm(number, timeout) if durable else True
+
+    cdef wake(self):
+        cdef Outbox box = self.outbox
+        cdef uint64_t one = 1
+        if self.wake_fd >= 0:
+            # One wake-up is enough: the sender sets the next mark before it sleeps again.
+            box.wake_at = NEVER
+            write(self.wake_fd, &one, sizeof(one))
+            return
+        try:
+            self._start()
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:
+            # No thread to be had now: try again a little later, the events are kept.
+            box.wake_at = box.next_seq + 1000

@@ -11,6 +11,7 @@ import struct
 import threading
 import time
 from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -20,6 +21,7 @@ from tapebus import wire
 from tapebus._blocks import crc32c
 from tapebus._outbox import Outbox
 from tapebus.failpoints import failpoint
+from tapebus.spool import Spool, new_epoch
 
 _log = logging.getLogger("tapebus.publisher")
 
@@ -64,22 +66,38 @@ class Sender:
     """
 
     def __init__(
-        self, outbox: Outbox, source: str, endpoint: str, batch: int, linger_s: float, ident: tuple[bytes, int]
+        self,
+        outbox: Outbox,
+        source: str,
+        endpoint: str,
+        batch: int = 100,
+        linger_s: float = 0.1,
+        ident: tuple[bytes, int] = (b"", 0),
+        *,
+        spool: Spool | None = None,
+        sync_s: float = 0.0,
+        orphans: Sequence[Spool] = (),
     ) -> None:
         self.outbox, self.source, self.endpoint = outbox, source, endpoint
         self.batch_size, self.batch_timeout = batch, linger_s
         self.producer_id, self.epoch = ident
+        self.spool, self.sync_s, self.orphans = spool, sync_s, list(orphans)
         self.acked_events = 0
+        self.forgotten = 0
         self.rejected: dict[str, int] = {}
         self.connected = False
         self.durable = False
         self.progress = threading.Condition()
         self.flushing = 0
-        self.stopping = self.leaving = False
+        self.stopping = self.leaving = self.ended = False
+        self._then: Callable[[], None] = lambda: None
         self.pid = os.getpid()
         self.born_at = time.monotonic()
         self.reader, self.writer = _wake_pair()
-        self.thread = threading.Thread(target=self._run, name=f"tapebus-sender-{source}", daemon=True)
+        self.thread = threading.Thread(target=self.run, name=f"tapebus-sender-{source}", daemon=True)
+        self._ahead: Sender | None = None  # while an orphan is emptied
+        self._refused: deque[tuple[int, int]] = deque(maxlen=1000)  # ranges, counted from the first event ever
+        self._synced, self._dirty_at = (-1, -1), 0.0
         self._sock: zmq.Socket[bytes] | None = None
         self._monitor: zmq.Socket[bytes] | None = None
         self._in_flight: deque[tuple[int, int, int]] = deque()  # last seq, events, bytes of each frame sent
@@ -114,7 +132,14 @@ class Sender:
 
     def stop(self) -> None:
         self.stopping = True
+        if (ahead := self._ahead) is not None:
+            ahead.stop()
         self.wake()
+
+    def refused(self, seq: int) -> bool:
+        """Whether the bus refused `seq`, counted as in `wait_for`, lately."""
+        with self.progress:
+            return any(first <= seq <= last for first, last in self._refused)
 
     def leave(self) -> None:
         """Stop as soon as nothing is waiting any more."""
@@ -129,7 +154,14 @@ class Sender:
 
     # -- the thread
 
-    def _run(self) -> None:
+    def run(self) -> None:
+        """Empty the orphans, each under its own name, then the outbox, until asked to stop."""
+        while self.orphans and not self.stopping:
+            self._ahead = ahead = empty(self.orphans.pop(0), self.endpoint, self.wake)
+            ahead.thread.start()
+            while not (ahead.ended or self.stopping):
+                self._rest(_PING_S)
+            ahead.stop()
         while not self.stopping:
             try:
                 self._open()
@@ -141,6 +173,10 @@ class Sender:
             finally:
                 self._close()
             self._pause()
+        if self.spool is not None and (self.leaving or not self.outbox.waiting):
+            self.spool.release()
+        self.ended = True
+        self._then()
 
     def _open(self) -> None:
         sock: zmq.Socket[bytes] = _context().socket(zmq.DEALER)
@@ -176,10 +212,18 @@ class Sender:
 
     def _pause(self) -> None:
         """Sleeps until the next connection is due, or somebody asks to stop."""
-        self.outbox.wake_at = _NEVER
         while not self.stopping and (left := self._not_before - time.monotonic()) > 0:
-            zmq.select([self.reader], [], [], left)
-            self._drain_wakes()
+            self._rest(left)
+
+    def _rest(self, seconds: float) -> None:
+        """Waits for at most so long, or until somebody rings; the disk is not forgotten meanwhile."""
+        self.outbox.wake_at = _NEVER
+        seconds = min(seconds, self._until_sync())
+        if self.outbox.next_seq <= self.outbox.wake_at:
+            zmq.select([self.reader], [], [], seconds)
+        self.outbox.wake_at = _NEVER
+        self._drain_wakes()
+        self._sync()
 
     def _postpone(self, seconds: float) -> None:
         self._not_before = time.monotonic() + seconds * random.uniform(0.75, 1.25)
@@ -204,12 +248,14 @@ class Sender:
         while not self.stopping:
             if self.connected:
                 self._pump()
-            if self.leaving and not self.outbox.waiting:
+            if self.leaving and self.outbox.first_pending >= self.outbox.next_seq:
                 self.stopping = True
                 break
             self._arm()
-            ready = dict(poller.poll(int(self._sleep_ms())))
+            sync_ms = self._until_sync() * 1000
+            ready = dict(poller.poll(int(min(self._sleep_ms(), max(1.0, sync_ms)))))
             self.outbox.wake_at = _NEVER
+            self._sync()
             if self.reader in ready:
                 self._drain_wakes()
             if self._monitor in ready:
@@ -227,7 +273,43 @@ class Sender:
                 return
         if self._greeted:
             failpoint("sender.before_bye")
-            self._send(wire.BYE, b"")
+            self._say_goodbye()
+
+    def _say_goodbye(self) -> None:
+        if self.connected and self.spool is None and self._sent < self._highest():
+            # What never left is lost with this process. What is on its way may still arrive, so it is not told of.
+            self._send(wire.GAP, wire.S_GAP.pack(self._sent + 1, self._highest(), self._highest(), wire.ABANDONED))
+        self._send(wire.BYE, b"")
+
+    def _until_sync(self) -> float:
+        """Seconds until the disk must hear of the spool; while it knows all, the next event wakes the sender."""
+        if not self.sync_s:
+            return float("inf")
+        if self.outbox.point == self._synced:
+            self.outbox.wake_at = min(self.outbox.wake_at, self.outbox.next_seq)
+            return float("inf")
+        self._dirty_at = self._dirty_at or time.monotonic()
+        return max(0.0, self._dirty_at + self.sync_s - time.monotonic())
+
+    def _sync(self) -> None:
+        if not self.sync_s or self.spool is None:
+            return
+        point, now = self.outbox.point, time.monotonic()
+        if point == self._synced:
+            return
+        self._dirty_at = self._dirty_at or now
+        if now < self._dirty_at + self.sync_s:
+            return
+        try:
+            self.spool.sync()
+        except OSError as error:
+            # A failed sync cannot be made good by a later one.
+            _log.error("%s: %s; from now on the spool survives this process, but no power cut", self.spool.path, error)
+            self.sync_s = 0.0
+            self.outbox.synced(point[1], careful=False)
+            return
+        self.outbox.synced(point[1])
+        self._synced, self._dirty_at = point, 0.0
 
     def _arm(self) -> None:
         """Tells publish() from which number on there will be something to do at once."""
@@ -367,10 +449,13 @@ class Sender:
             _log.info("another bus answers at %s", self.endpoint)
         self._instance, self._credit, self.durable = instance, (events, size), bool(durable)
         self._in_flight.clear()
-        if durable_seq + 1 < self.outbox.first_pending:
+        missing = self.outbox.first_pending - 1 - durable_seq
+        if missing > 0:
             # The bus has lost its past, or has no store: numbers it would never accept start anew.
-            self.outbox.renumber()
-            self.epoch = random.getrandbits(64)
+            _log.warning("the bus at %s does not know %d events that were acknowledged before", self.endpoint, missing)
+            self.forgotten += missing
+            self.epoch = new_epoch()
+            self.outbox.renumber(self.epoch)
             self._postpone(0.0)
             return False
         self._acknowledge(durable_seq, [])
@@ -399,6 +484,8 @@ class Sender:
             for low, high, reason in rejects:
                 refused = min(min(high, durable_seq) - max(low, first) + 1, freed)
                 if refused > 0:
+                    past = self.outbox.renumbered
+                    self._refused.append((max(low, first) + past, min(high, durable_seq) + past))
                     name = wire.REASONS.get(reason, f"ingest.{reason}")
                     self.rejected[name] = self.rejected.get(name, 0) + refused
                     freed -= refused
@@ -437,3 +524,11 @@ class Sender:
         wire.BYE: _on_bye,
         wire.PONG: _on_pong,
     }
+
+
+def empty(spool: Spool, endpoint: str, then: Callable[[], None] = lambda: None) -> Sender:
+    """A sender for an orphaned `spool`, not started: it ends, and calls `then`, when all is acknowledged."""
+    sender = Sender(spool.outbox, spool.facts.source, endpoint, ident=spool.identity, spool=spool)
+    sender.leaving = True
+    sender._then = then
+    return sender

@@ -35,6 +35,7 @@ class Bus(Struct, frozen=True, forbid_unknown_fields=True):
     ``unknown_types`` says what becomes of an event type nobody registered; ``stats_s`` 0 turns the
     periodic log line off. ``start_s`` bounds each step of a plugin's start. A bus whose inline consumer stands
     still for ``hang_exit_s`` ends, to be started again without it; 0 never.
+    ``spool_reap_s`` 0 turns off the search for what dead producers left in ``spool_dir``.
     """
 
     data_dir: str = ""
@@ -48,6 +49,8 @@ class Bus(Struct, frozen=True, forbid_unknown_fields=True):
     publish_heartbeat: bool = True
     start_s: _Positive = 20.0
     hang_exit_s: _NotNegative = 60.0
+    spool_dir: str = ""
+    spool_reap_s: _NotNegative = 10.0
 
 
 class Listen(Struct, frozen=True, forbid_unknown_fields=True):

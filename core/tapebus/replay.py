@@ -253,10 +253,9 @@ class Summary(msgspec.Struct):
 
 def publish(publisher: Publisher, record: Recorded) -> bool:
     """Publish one record under its own source; from one thread only."""
-    if publisher.source != record.source:
-        # Same outbox, so events of several sources keep their order.
-        publisher._setup(record.source[:100], publisher.outbox)
-    return publisher.publish(record.event_type, record.data, timestamp=record.timestamp, **record.extra)
+    return publisher.publish(
+        record.event_type, record.data, timestamp=record.timestamp, source=record.source, **record.extra
+    )
 
 
 #: Below this many events in flight a publisher (65,536 events, 16 MiB) has room for any next one.

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -34,6 +35,8 @@ from tapebus.fence import Fence
 from tapebus.judge import NAME as JUDGE
 from tapebus.judge import Judge
 from tapebus.outlets import ThreadConsumer
+from tapebus.reaper import Reaper
+from tapebus.spool import default_directory
 from tapebus.statistics import Statistics
 from tapebus.store import Unit
 from tapebus.supervisor import ProcessConsumer
@@ -189,12 +192,17 @@ class Runtime:
             os.umask(umask)
         self.feed.seen_seq = self.first_seq - 1
         self.dispatcher.feed = self.feed
+        local = next((each for each in config.acked_endpoints if each.startswith("ipc:")), config.acked_endpoints[0])
+        self.reaper: Reaper | None = None
+        if config.bus.spool_reap_s:
+            directory = Path(config.bus.spool_dir).expanduser() if config.bus.spool_dir else default_directory()
+            self.reaper = Reaper(directory, config.acked_endpoints, local, config.bus.spool_reap_s)
         self.processes = [
             ProcessConsumer(
                 plugin,
                 consumer,
                 config,
-                next((each for each in config.acked_endpoints if each.startswith("ipc:")), config.acked_endpoints[0]),
+                local,
                 self.first_seq - 1 if consumer.start == "now" else 0,
                 self.tape.bury,
                 self.tape.purge,
@@ -237,6 +245,8 @@ class Runtime:
             process.start()
         for notice in self.store.notices if self.store is not None else ():
             self.alarm("store_damaged", "critical", notice, "raised")
+        if self.reaper is not None:
+            self.reaper.start()
 
     def _run_ingest(self) -> None:
         try:
@@ -274,6 +284,8 @@ class Runtime:
         deadline = time.monotonic() + (drain_s if self._failure is None else min(drain_s, FAILED_DRAIN_S))
         for process in self.processes:
             process.stop()
+        if self.reaper is not None:
+            self.reaper.stop()
         self.ingest.stop_reading_events()
         failpoint("stop.reading_ended")
         if self._failure is None:

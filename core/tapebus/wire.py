@@ -49,6 +49,7 @@ NACK_SEQUENCE, NACK_BUSY, NACK_UNKNOWN, NACK_CRC = 1, 2, 3, 4
 
 #: Where a client may have lost an event, by wire code; `tapebus.places` says what the names mean.
 PLACES = {each.code: each.name for each in places.CLIENT}
+ABANDONED = 4
 #: Why the bus refused an event, by wire code.
 REASONS = {each.code: each.name for each in places.INGEST}
 
