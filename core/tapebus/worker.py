@@ -225,7 +225,7 @@ class Worker:
         while not pause.wait(self._consumer.faults.deadline_s / PULSES):
             now = doing.progress
             if not now[0] or now != last:
-                event = doing.event
+                event: Any = doing.event
                 _report({"at": event.bus_seq, "type": event.event_type} if event is not None else {"at": 0})
             last = now
 
