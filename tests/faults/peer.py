@@ -101,4 +101,4 @@ class Peer:
             self.nacks.clear()
             first = self.durable + 1
             self.batch(first, min(last, first + step - 1))
-            self.hear(lambda: self.durable >= first or bool(self.nacks))
+            self.hear(lambda first=first: self.durable >= first or bool(self.nacks))
