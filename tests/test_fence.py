@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -112,3 +113,74 @@ def test_save_is_called_before_a_unit_is_closed_and_its_failure_keeps_the_unit_o
     assert [unit.cursor for unit, _ in bench.units] == ([1, 2] if error is None else [2])
     assert bench.units[-1][0].state == {"last": b"2", "saved": b"1"}
     assert sum(frame.count(b"derived") for _, frame in bench.units) == 2
+
+
+class Suspicious(Bench):
+    """Fails before its first event, after its last one, or at what it looked up by its place."""
+
+    def __init__(self, when, **options):
+        super().__init__(**options)
+        self.when = when
+
+    def handle(self, batch):
+        if self.when == "before":
+            raise ConnectionError("no database")
+        if self.when == "index":
+            self.seen.append(batch[0].bus_seq)
+            batch[1]
+            raise ValueError("the second")
+        self.seen += [each.bus_seq for each in batch]
+        if self.when == "after":
+            raise ConnectionError("no flush")
+
+
+def test_a_handler_that_fails_before_its_first_event_buries_none_and_opens_the_breaker():
+    bench = Suspicious("before")
+    bench.fence.offer([event(i) for i in range(1, 4)], 3)
+    assert (bench.fence.state, bench.fence.cursor, bench.dead) == ("open", 0, [])
+    assert "before it looked at an event: ConnectionError: no database" in bench.fence.breaker.reason
+    bench.when = "never"
+    bench.fence.resume()
+    bench.fence.offer([event(i) for i in range(1, 4)], 3)
+    assert (bench.seen, bench.fence.cursor) == ([1, 2, 3], 3)
+
+
+def test_a_handler_that_fails_after_its_last_event_buries_the_whole_batch():
+    bench = Suspicious("after")
+    bench.fence.offer([event(i) for i in range(1, 4)], 3)
+    assert [letter.bus_seq for letter in bench.dead] == [1, 2, 3]
+    assert (bench.fence.state, bench.fence.cursor, bench.fence.handled, bench.fence.errors) == ("running", 3, 0, 3)
+
+
+def test_a_handler_that_looks_events_up_is_charged_with_the_last_one_it_looked_at():
+    bench = Suspicious("index")
+    bench.fence.offer([event(1), event(2)], 2)
+    assert [letter.bus_seq for letter in bench.dead] == [2]
+    assert (bench.fence.handled, bench.fence.cursor) == (1, 2)
+
+
+def test_dead_letters_commit_with_the_cursor_that_passed_their_events():
+    bench = Bench({2}, emit=True)
+    bench.fence.offer([event(1), event(2), event(3)], 3)
+    [(unit, _)] = bench.units
+    assert (unit.cursor, [letter.bus_seq for letter in unit.dead]) == (3, [2])
+    assert unit.dead[0].consumer == "c"
+
+
+def test_a_letter_is_settled_with_the_effects_of_its_event_and_replaced_when_it_fails_again():
+    bench = Bench({1, 2}, emit=True)
+    bench.fence.offer([event(1), event(2), event(3)], 3)
+    first, second = (msgspec.structs.replace(letter, id=n) for n, letter in enumerate(bench.dead, 7))
+    bench.bad = {2}
+    bench.units.clear()
+    bench.fence.redeliver([first, second])
+    bench.fence.redeliver([first])
+    assert bench.fence.asked_again
+    bench.fence.settle(lambda seq: event(seq))
+    (mended, frame), (failed, nothing) = bench.units
+    assert (mended.settled, mended.dead, mended.cursor, b"bus:1" in frame) == ([7], [], 3, True)
+    assert (failed.settled, [letter.bus_seq for letter in failed.dead], nothing) == ([8], [2], b"")
+    assert not bench.fence.asked_again
+    bench.fence.redeliver([second])
+    bench.fence.settle(lambda seq: None)
+    assert "no longer on the tape" in bench.units[-1][0].dead[0].detail

@@ -29,6 +29,9 @@ def tapebus_register_consumers(context):
                 if not flag.exists():
                     flag.touch()
                     time.sleep(3600)
+            if event.data.action == "slow":
+                print("{still here}", flush=True)
+                time.sleep(0.25)
             if event.data.action == "raise":
                 raise ValueError("as told")
             count = int(context.state.get("count", b"0")) + 1
@@ -134,3 +137,28 @@ def test_an_event_the_worker_cannot_handle_becomes_a_dead_letter(runtime: Runtim
     assert (letter.place, letter.reason, letter.bus_seq) == ("plugin.echo", "error", 2)
     assert "as told" in letter.detail
     assert wait_for(lambda: row(runtime)["errors"], "the count") == 1
+
+
+def test_a_worker_that_works_slowly_through_its_batch_is_left_alone_whatever_it_prints(runtime: Runtime) -> None:
+    publish(runtime, 20, "slow")
+    wait_for(lambda: len(echoes(runtime)) == 20, "all echoes, five seconds later")
+    assert row(runtime)["restarts"] == 0
+
+
+def test_a_paused_worker_is_ended_and_a_reset_one_is_another_process(runtime: Runtime) -> None:
+    publish(runtime, 1)
+    first = wait_for(lambda: echoes(runtime), "the first echo")[0].data["pid"]
+    [worker] = runtime.processes
+    worker.pause()
+    wait_for(lambda: not os.path.exists(f"/proc/{first}"), "the worker to end")
+    publish(runtime, 1)
+    assert row(runtime)["state"] == "paused"
+    worker.resume()
+    second = wait_for(lambda: len(found := echoes(runtime)) == 2 and found, "what waited")[1].data["pid"]
+    worker.resume()
+    wait_for(lambda: not os.path.exists(f"/proc/{second}"), "the worker to be replaced")
+    publish(runtime, 1)
+    found = wait_for(lambda: len(found := echoes(runtime)) == 3 and found, "the third echo")
+    assert len({each.data["pid"] for each in found}) == 3
+    assert [each.data["count"] for each in found] == [1, 2, 3]
+    assert row(runtime)["restarts"] == 0, "nobody failed"

@@ -126,7 +126,7 @@ def run_checks(list events not None, BlockView view not None, uint32_t first, li
             continue
         try:
             reason = check(<object>PyList_GET_ITEM(events, i))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             reason = f"{type(error).__name__}: {error}"
         if reason is not None:
             if broken is None:

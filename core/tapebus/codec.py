@@ -110,7 +110,7 @@ class Codec:
         except _Refused as refused:
             faults.append(Fault(index, refused.reason, str(refused), None))
             return None
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             faults.append(Fault(index, "schema", f"{type(error).__name__}: {error}"[:500], None))
             return None
         if self._reject_unknown and isinstance(event, GenericEvent):

@@ -284,6 +284,9 @@ class Runtime:
         deadline = time.monotonic() + (drain_s if self._failure is None else min(drain_s, FAILED_DRAIN_S))
         for process in self.processes:
             process.stop()
+        for process in self.processes:
+            # while ingest still reads, so that what their last batches emit is taken
+            process.join(max(0.1, deadline - time.monotonic()))
         if self.reaper is not None:
             self.reaper.stop()
         self.ingest.stop_reading_events()

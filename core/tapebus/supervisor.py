@@ -164,7 +164,11 @@ class ProcessConsumer(threading.Thread):
                 outcome = self._listen(child)
             except BrokenPipeError:
                 outcome = None
-            return outcome or self._bury_child(child)
+            except (msgspec.MsgspecError, KeyError, TypeError, IndexError) as error:
+                child.kill()
+                outcome = CRASHED, f"reported nonsense ({type(error).__name__}) and was killed"
+            ended = self._bury_child(child)
+            return outcome or ended
 
     def _listen(self, child: subprocess.Popen[bytes]) -> tuple[str, str] | None:
         """Hear the child until it ends (None) or has to be ended (why)."""
@@ -180,7 +184,7 @@ class ProcessConsumer(threading.Thread):
                     os.read(self._bell_read, 4096)
                     self._tell(child)
                 elif not ready:
-                    self._kill(child)
+                    child.kill()
                     return TIMEOUT, f"made no progress for {wait:g} s and was killed"
                 elif fd in ready:
                     piece = os.read(fd, 65536)
@@ -201,10 +205,6 @@ class ProcessConsumer(threading.Thread):
                 child.stdin.write(msgspec.json.encode({"again": again}) + b"\n")
             else:
                 child.stdin.close()
-
-    def _kill(self, child: subprocess.Popen[bytes]) -> None:
-        child.kill()
-        self._bury_child(child)
 
     def _bury_child(self, child: subprocess.Popen[bytes]) -> tuple[str, str]:
         """Wait for the end of the child, and end what it has left behind."""
@@ -246,7 +246,9 @@ class ProcessConsumer(threading.Thread):
         self.over_budget = self._base[2] + report["over_budget"]
         self.last_error = report["last_error"] or self.last_error
         self.breaker.opened = report["opened"]
-        self.breaker.become(report["state"], report["reason"])
+        if self._wanted == "running":
+            # what a child says on its way out does not matter any more
+            self.breaker.become(report["state"], report["reason"])
         if report["first"] and self._again and self._child is not None:
             self._tell(self._child)
 
@@ -274,11 +276,16 @@ class ProcessConsumer(threading.Thread):
 @contextlib.contextmanager
 def _ending(child: subprocess.Popen[bytes]) -> Iterator[int]:
     """A descriptor that becomes readable when the child ends, whoever still holds its output open."""
-    fd = os.pidfd_open(child.pid) if hasattr(os, "pidfd_open") else os.open(os.devnull, os.O_WRONLY)
+    if hasattr(os, "pidfd_open"):
+        fds = [os.pidfd_open(child.pid)]
+    else:
+        # nothing ever comes out of this pipe: the end of the output has to do
+        fds = [*os.pipe()]
     try:
-        yield fd
+        yield fds[0]
     finally:
-        os.close(fd)
+        for fd in fds:
+            os.close(fd)
 
 
 def _only(config: Config, plugin: str) -> Config:
