@@ -54,12 +54,16 @@ class Bus(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Listen(Struct, frozen=True, forbid_unknown_fields=True):
-    """``[listen]``: endpoints to bind, loopback ``tcp://`` or ``ipc://``; an empty one means its default."""
+    """``[listen]``: endpoints to bind, loopback ``tcp://`` or ``ipc://``; an empty one means its default.
+
+    A port that another program uses is waited for at a start, at most ``wait_s`` seconds.
+    """
 
     feed: str = "tcp://127.0.0.1:5570"
     ingest: str = "tcp://127.0.0.1:5571"
     acked: str | list[str] = ""
     control: str = ""
+    wait_s: _NotNegative = 30.0
 
 
 class Feed(Struct, frozen=True, forbid_unknown_fields=True):

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 import zmq
 
-from tapebus import failpoints, plugins
+from tapebus import failpoints, plugins, ports
 from tapebus._ingest import Ingest
 from tapebus._ring import Ring
 from tapebus._scan import Topics
@@ -174,6 +174,8 @@ class Runtime:
         config = self.config
         self._zmq: zmq.Context[Any] = zmq.Context()
         self._closing.append(self._zmq.term)
+        bound = [config.listen.feed, config.listen.ingest, *config.acked_endpoints, *(s.bind for s in config.sources)]
+        ports.wait_until_free(filter(None, bound), config.listen.wait_s, self._stopped_within)
         umask = os.umask(0o077)
         try:
             if config.listen.ingest:
@@ -209,6 +211,13 @@ class Runtime:
             )
             for plugin, consumer in self.wiring.processes
         ]
+
+    def _stopped_within(self, seconds: float) -> bool:
+        try:
+            self._stop_asked.get(timeout=seconds)
+        except queue.Empty:
+            return False
+        return True
 
     def _socket(self, kind: int, endpoint: str, key: str) -> zmq.Socket[bytes]:
         socket: zmq.Socket[bytes] = self._zmq.socket(kind)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import stat
 import sys
 import tempfile
@@ -18,6 +17,7 @@ import msgspec
 from tapebus.cli.common import json_option, open_tape, with_config
 from tapebus.config import Config
 from tapebus.errors import BusNotRunning, StoreError, TapebusError, UsageError
+from tapebus.ports import in_use
 
 
 class Finding(NamedTuple):
@@ -152,27 +152,15 @@ def _creatable(name: str, directory: Path) -> Iterator[Finding]:
 def _ports(config: Config, running: bool) -> Iterator[Finding]:
     endpoints = [config.listen.feed, config.listen.ingest, *config.acked_endpoints]
     for endpoint in [each for each in endpoints if each.startswith("tcp://")]:
-        host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
-        if port in ("*", "0"):
+        if endpoint.endswith((":*", ":0")):
             continue
-        if not _in_use(host.strip("[]"), int(port)):
+        if not in_use(endpoint):
             yield Finding("port", "ok", f"{endpoint} is free")
         elif running:
             yield Finding("port", "ok", f"{endpoint} is in use; a bus runs on this data directory")
         else:
             message = f"{endpoint} is in use by another program; choose another under [listen]"
             yield Finding("port", "error", message, 1)
-
-
-def _in_use(host: str, port: int) -> bool:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return True
-    return False
 
 
 def _store(config: Config, running: bool) -> Iterator[Finding]:
