@@ -83,6 +83,7 @@ class Watchdog:
         self._reported: set[int] = set()
         self._put_aside: Unit | None = None
         self._end: TapebusError | None = None
+        self._told = False
         self.hanging_rules = ""
 
     def look(self) -> float:
@@ -136,7 +137,8 @@ class Watchdog:
             stuck = next((each for each in self._inline if limit and each.idle_s >= max(limit, each.deadline_s)), None)
             if stuck is not None:
                 self._prepare_the_end(stuck)
-        elif self._written_down():
+        elif not self._told and self._written_down():
+            self._told = True
             self._fail(self._end)
 
     def _prepare_the_end(self, stuck: Watched) -> None:
