@@ -41,6 +41,8 @@ NAMES: dict[str, str] = {
     "tape.after_upkeep": "tape thread: one piece of upkeep is done",
     "tape.after_purge": "tape thread: dead letters were removed",
     "store.created": "store: the files of a tape exist, its version is not written",
+    "store.salvaged": "store: a tape of the sound records of a damaged one is written, the damaged one in its place",
+    "store.set_aside": "store: the damaged tape has its new name, nothing has taken its place",
     "store.in_commit": "store: everything is written inside the transaction, which is not committed",
     "store.before_grow": "store: the map is full, the transaction undone, the map still small",
     "store.after_grow": "store: the map has grown, the commit has not been repeated",

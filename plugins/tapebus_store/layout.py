@@ -90,6 +90,11 @@ def encode_block(block: Block, compressor: zstandard.ZstdCompressor, flags: int 
     return b"".join((fields, _CRC.pack(crc32c(fields)), payload))
 
 
+def first_seq(value: bytes) -> int:
+    """The ``bus_seq`` a stored block begins with."""
+    return int(_FIELDS.unpack_from(value)[4])
+
+
 def decode_header(key: bytes | memoryview, value: bytes | memoryview) -> Header:
     """The header of the block stored under `key`; copies no payload. Raises `CorruptError`."""
     seq = key_seq(key)
@@ -110,6 +115,24 @@ def check_payload(header: Header, value: bytes | memoryview) -> None:
         raise CorruptError(
             f"tape: the events at bus_seq {header.first_seq}..{header.last_seq} do not match their checksum"
         )
+
+
+def trim_block(value: bytes) -> bytes | None:
+    """The stored block that `value` begins with, when its end is not known; None where there is none."""
+    if value[:4] != MAGIC or len(value) < HEADER_SIZE:
+        return None
+    try:
+        header = decode_header(seq_key(first_seq(value)), value)
+        if header.codec == ZSTD:
+            unpack = zstandard.ZstdDecompressor().decompressobj()
+            unpack.decompress(value[HEADER_SIZE:])
+            value = value[: len(value) - len(unpack.unused_data)]
+        else:
+            value = value[: HEADER_SIZE + header.raw_length]
+        check_payload(header, value)
+    except (CorruptError, zstandard.ZstdError):
+        return None
+    return value
 
 
 def decode_block(header: Header, stored: bytes, decompressor: zstandard.ZstdDecompressor) -> Block:

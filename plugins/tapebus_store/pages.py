@@ -104,15 +104,20 @@ class PageFile:
     def _read_metas(self) -> list[Meta | None]:
         sizes = [size for base in (0, 4096) if (size := self._page_size_at(base))]
         self.page_size = sizes[0] if sizes else 4096
-        return [self._meta(0), self._meta(1)]
+        return [self._meta(0, 0), self._meta(1, 1)]
 
     def _page_size_at(self, base: int) -> int:
         raw = os.pread(self.fd, 4, base + 40)
         size = int.from_bytes(raw, "little")
         return size if 512 <= size <= 65536 and size & (size - 1) == 0 else 0
 
-    def _meta(self, number: int) -> Meta | None:
-        raw = os.pread(self.fd, 152, number * self.page_size)
+    def misplaced_metas(self) -> list[Meta]:
+        """The meta pages as far as they are sound wherever they stand."""
+        found = [self._meta(place, number) for place in (0, 1) for number in (0, 1)]
+        return [each for each in found if each is not None]
+
+    def _meta(self, place: int, number: int) -> Meta | None:
+        raw = os.pread(self.fd, 152, place * self.page_size)
         if len(raw) < 152:
             return None
         page, _, flags, _, _ = _HEAD.unpack_from(raw)
@@ -200,8 +205,11 @@ class PageFile:
             out.append((low, high, node_flags, data, page[at + _NODE.size : data]))
         return out
 
-    def leaf(self, page: bytes) -> Iterator[Node]:
-        """The entries of a leaf. Damage inside is noted and skipped, a broken leaf raises `CorruptError`."""
+    def leaf(self, page: bytes, values: bool = True) -> Iterator[Node]:
+        """The entries of a leaf. Damage inside is noted and skipped, a broken leaf raises `CorruptError`.
+
+        Without `values` those on overflow pages are not read.
+        """
         number = _HEAD.unpack_from(page)[0]
         for low, high, flags, at, key in self.nodes(page):
             size = low | high << 16
@@ -214,7 +222,7 @@ class PageFile:
                     yield Node(key, page[at : at + size], flags)
             else:
                 first = int.from_bytes(page[at : at + 8], "little")
-                yield Node(key, self._big(number, first, size), flags, first)
+                yield Node(key, self._big(number, first, size) if values else None, flags, first)
 
     def _big(self, leaf: int, first: int, size: int) -> bytes | None:
         try:
@@ -228,10 +236,12 @@ class PageFile:
 
     # -- trees ----------------------------------------------------------------------------------
 
-    def walk(self, root: int, budget: Budget | None = None, *, backwards: bool = False) -> Iterator[Node]:
+    def walk(
+        self, root: int, budget: Budget | None = None, *, backwards: bool = False, values: bool = True
+    ) -> Iterator[Node]:
         """The entries of a tree as far as pages are sound; what is not is noted in ``damage``.
 
-        `backwards` begins with the newest pages, entries within a leaf stay in order.
+        `backwards` begins with the newest pages, entries within a leaf stay in order. See `leaf` for `values`.
         """
         if root == NO_PAGE:
             return
@@ -245,7 +255,7 @@ class PageFile:
                     raise CorruptError(f"page {number} is in use twice")
                 page = self.page(number)
                 if _HEAD.unpack_from(page)[2] == LEAF:
-                    yield from self._in_order(number, self.leaf(page), low, high)
+                    yield from self._in_order(number, self.leaf(page, values), low, high)
                     continue
                 children = self._children(number, page, depth, low, high)
             except CorruptError as error:
@@ -272,6 +282,21 @@ class PageFile:
             keys = [None] * len(keys)
         found = [node[0] | node[1] << 16 | node[2] << 32 for node in nodes]
         return [(child, depth + 1, keys[i], keys[i + 1]) for i, child in enumerate(found)]
+
+    def roots(self) -> Iterator[Meta]:
+        """Every page that may once have been the root of all databases, newer and older ones, as a `Meta`.
+
+        For a file that has lost its meta pages; which pages are free is then unknown.
+        """
+        for number in range(2, len(self.seen) - 1):
+            try:
+                page = self.page(number)
+                nodes = self.nodes(page)
+            except CorruptError:
+                continue
+            if _HEAD.unpack_from(page)[2] == LEAF and nodes and all(node[2] == SUBDATA for node in nodes):
+                none = Tree(self.page_size, 0, 0, 0, 0, 0, 0, NO_PAGE)
+                yield Meta(none, none._replace(depth=1, root=number), len(self.seen) - 1, 0)
 
     def databases(self, meta: Meta) -> dict[str, Tree]:
         """The named databases of a transaction; broken records are noted in ``damage``."""
@@ -324,8 +349,11 @@ class PageFile:
             except CorruptError as error:
                 self.damage.append((number, str(error)))
 
-    def stray_leaves(self, free: set[int], last_page: int) -> Iterator[bytes]:
-        """Leaves that are neither free nor reachable: they hang below a damaged page."""
+    def strays(self, free: set[int], last_page: int) -> Iterator[tuple[int, bytes]]:
+        """Leaves and values on overflow pages that are neither free nor reachable: they hang below a damaged page.
+
+        Yields the page's flags, `LEAF` or `OVERFLOW`, and the page or all bytes that the value can have.
+        """
         number = 2
         while number <= min(last_page, len(self.seen) - 1):
             step = 1
@@ -337,7 +365,8 @@ class PageFile:
                     continue
                 flags = _HEAD.unpack_from(page)[2]
                 if flags == LEAF:
-                    yield page
+                    yield flags, page
                 elif flags == OVERFLOW:
                     step = max(1, _PAGES.unpack_from(page, 12)[0])
+                    yield flags, os.pread(self.fd, step * self.page_size - HEAD, number * self.page_size + HEAD)
             number += step

@@ -18,6 +18,7 @@ from pathlib import Path
 import msgspec
 
 from tapebus.errors import CorruptError, StoreError
+from tapebus.failpoints import failpoint
 from tapebus_store import preflight
 from tapebus_store.room import FULL
 from tapebus_store.salvage import Report
@@ -214,8 +215,10 @@ def _replace(path: Path, problems: list[str], floor: int) -> str:
     name = f"data.mdb.damaged-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
     while (path / name).exists():
         name += "-again"
+    failpoint("store.salvaged")
     with _named(path):
         (path / "data.mdb").rename(path / name)
+        failpoint("store.set_aside")
         _finish_replacing(path)
     sentence = f"the tape was damaged ({problems[0]}): {report.summary()}; the damaged file is kept as {path / name}"
     log.error("%s", sentence)

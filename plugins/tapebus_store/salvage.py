@@ -19,7 +19,7 @@ from tapebus.blocks import BlockView, corr_hash, sort_run
 from tapebus.errors import CorruptError
 from tapebus.events import DeadLetter
 from tapebus_store import books, layout
-from tapebus_store.pages import Meta, Node, PageFile, Tree
+from tapebus_store.pages import LEAF, OVERFLOW, Meta, Node, PageFile, Tree
 from tapebus_store.preflight import NAMES, tape_record, verify
 
 #: Databases of checksummed records, small ones; blocks and their index are treated apart.
@@ -78,6 +78,7 @@ class Salvage:
         self.record: books.TapeRecord | None = None
         self._doubtful: set[int] = set()
         self._index_sound = False
+        self._free_known = True
 
     # -- reading --------------------------------------------------------------------------------
 
@@ -108,19 +109,28 @@ class Salvage:
 
     def _best_meta(self) -> Meta | None:
         """The newest transaction whose own record says it is that one; else the newest there is."""
-        found = sorted((each for each in self.file.metas if each is not None), key=lambda each: -each.txn)
-        if len(found) < 2:
-            self.file.damage.append((0, "a meta page is broken"))
+        found = sorted(self.file.misplaced_metas(), key=lambda each: -each.txn)
+        if found != sorted((each for each in self.file.metas if each is not None), key=lambda each: -each.txn):
+            self.file.damage.append((0, "the meta pages have changed places"))
         for meta in found:
-            damage = len(self.file.damage)
-            try:
-                record = tape_record(self.file, meta)
-            except CorruptError:
-                record = None
-            del self.file.damage[damage:]
+            record = self._record_of(meta)
             if record is not None and record.txn in (0, meta.txn):
                 return meta
-        return found[0] if found else None
+        if found:
+            return found[0]
+        self.file.damage.append((0, "both meta pages are broken"))
+        self._free_known = False
+        roots = [(record.txn, root) for root in self.file.roots() if (record := self._record_of(root)) is not None]
+        return max(roots, key=lambda each: each[0])[1] if roots else None
+
+    def _record_of(self, meta: Meta) -> books.TapeRecord | None:
+        damage = len(self.file.damage)
+        try:
+            return tape_record(self.file, meta)
+        except CorruptError:
+            return None
+        finally:
+            del self.file.damage[damage:]
 
     def _read_tree(self, name: str, tree: Tree) -> None:
         damage = len(self.file.damage)
@@ -155,21 +165,30 @@ class Salvage:
     def _read_strays(self, meta: Meta | None) -> None:
         """Leaves no tree leads to any more. They are believed only where free pages are known apart from them."""
         before = len(self.file.damage)
-        free = self.file.free_pages(meta) if meta is not None else set()
+        if meta is None or not self._free_known:
+            return
+        free = self.file.free_pages(meta)
         if len(self.file.damage) > before:
             return
-        last = meta.last_page if meta is not None else len(self.file.seen)
         damage = list(self.file.damage)
-        for page in self.file.stray_leaves(free, last):
-            try:
-                for node in self.file.leaf(page):
-                    self._keep_stray(node)
-            except CorruptError:
-                continue
+        # values on overflow pages that a stray leaf names come with it; what is then left, by itself
+        for wanted in (LEAF, OVERFLOW):
+            for kind, found in self.file.strays(free, meta.last_page):
+                if kind == wanted == LEAF:
+                    self._keep_stray_leaf(found)
+                elif kind == wanted and (value := layout.trim_block(found)) is not None:
+                    self._keep("blocks", Node(layout.seq_key(layout.first_seq(value)), value, 0))
         # what strays look like says nothing more about the damage
         self.file.damage = damage
         for seq in self._doubtful:
             del self.blocks[seq]
+
+    def _keep_stray_leaf(self, page: bytes) -> None:
+        try:
+            for node in self.file.leaf(page):
+                self._keep_stray(node)
+        except CorruptError:
+            return
 
     def _keep_stray(self, node: Node) -> None:
         """Take a record whose database is not known: one that its bytes or its key name beyond doubt."""

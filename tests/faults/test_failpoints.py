@@ -37,9 +37,17 @@ SETTINGS = {
     "store.in_drop": {"TAPEBUS_PLUGINS_STORE_MAX_AGE_DAYS": str(5 / 86400)},
 }
 #: Reached while the tape is new or the bus starts or stops: once is all there is.
-ONCE = ("start.", "stop.", "store.created", "store.before_grow", "store.after_grow", "store.in_seal", "store.in_merge")
-ONCE += ("store.in_drop", "tape.before_upkeep", "tape.after_upkeep", "tape.after_purge")
-ONCE += ("supervisor.before_child", "supervisor.after_child", "worker.started", "worker.stopping")
+ONCE = (
+    "start.",
+    "stop.",
+    "store.created",
+    "store.salvaged",
+    "store.set_aside",
+    "store.before_grow",
+    "store.after_grow",
+)
+ONCE += ("store.in_seal", "store.in_merge", "store.in_drop", "tape.before_upkeep", "tape.after_upkeep")
+ONCE += ("tape.after_purge", "supervisor.before_child", "supervisor.after_child", "worker.started", "worker.stopping")
 ONCE += ("sender.before_hello", "sender.on_welcome", "sender.before_bye")
 HITS = 12
 NOISE = 20
@@ -68,6 +76,8 @@ class Rig:
             return
         if name == "store.in_merge":
             self._seal_until_merge()
+        if name in ("store.salvaged", "store.set_aside"):
+            self._break_a_meta_page()
         if name.startswith("sender."):
             self._life("")
             self._end_producer(name)
@@ -159,6 +169,14 @@ class Rig:
                 assert store.maintain(0.0), "too little was published to merge anything"
         finally:
             store.close()
+
+    def _break_a_meta_page(self) -> None:
+        """Damage the tape where it costs no event: the older of its two meta pages."""
+        with (self.bus.data_dir / "tape" / "data.mdb").open("r+b") as file:
+            head = file.read(8192)
+            txns = [int.from_bytes(head[base + 144 : base + 152], "little") for base in (0, 4096)]
+            file.seek(4096 if txns[0] > txns[1] else 0)
+            file.write(bytes(4096))
 
     def _end_producer(self, name: str) -> None:
         source = f"mortal-{len(self.reached)}"
