@@ -223,3 +223,24 @@ def test_an_event_of_many_consumers_is_one_object_in_bus_order(embed):
     assert all(a is b for a, b in zip(one.events, two.events, strict=True))
     with pytest.raises(AttributeError):
         one.events[0].timestamp = 0.0
+
+
+@pytest.mark.parametrize("mode", ["inline", "thread"])
+def test_a_breaker_that_waits_for_an_event_to_try_costs_nothing(embed, mode):
+    broken = Raising()
+    policy = FaultPolicy(consecutive=1, retry_s=0.1, retry_max_s=0.1)
+    consumer = Consumer(name="broken", topics=["*"], handler=broken, faults=policy, mode=mode)
+    bus = embed(["schema", "store"], ("broken", plugin(consumer)))
+    taker = bus.runtime.dispatcher if mode == "inline" else bus.runtime.threads[0]
+    turns = []
+    take = taker.backlog.get
+    taker.backlog.get = lambda timeout: turns.append(timeout) or take(timeout)
+    bus.publish(1)
+    wait_until(lambda: bus.consumer("broken")["state"] == "half-open", "the time of the next try")
+    wait_until(lambda: not bus.runtime.wiring.fences[0].unsaved, "its cursor to be written down")
+    before = len(turns)
+    threading.Event().wait(0.5)
+    assert len(turns) - before < 20, "nobody spins while there is nothing to try"
+    broken.healed = True
+    bus.publish(1)
+    wait_until(lambda: bus.consumer("broken")["state"] == "running", "the try to succeed")

@@ -38,6 +38,15 @@ def tapebus_register_consumers(context):
             context.state["count"] = str(count).encode()
             context.emit("echo", {"of": event.bus_seq, "count": count, "pid": os.getpid()}, cause=event)
     return [Consumer(name="echo", topics=["user_action"], handler=handler, mode="process", start="first")]
+
+@hookimpl
+def tapebus_start(context):
+    with (context.data_dir / "started").open("a") as file:
+        file.write("%d\\n" % os.getpid())
+
+@hookimpl
+def tapebus_metrics(context):
+    return {"pid": os.getpid(), "count": int(context.state.get("count", b"0"))}
 """
 
 
@@ -162,3 +171,12 @@ def test_a_paused_worker_is_ended_and_a_reset_one_is_another_process(runtime: Ru
     assert len({each.data["pid"] for each in found}) == 3
     assert [each.data["count"] for each in found] == [1, 2, 3]
     assert row(runtime)["restarts"] == 0, "nobody failed"
+
+
+def test_start_and_metrics_of_a_plugin_are_those_of_its_own_process(runtime: Runtime) -> None:
+    publish(runtime, 3)
+    pid = wait_for(lambda: len(found := echoes(runtime)) == 3 and found, "all echoes")[0].data["pid"]
+    assert (runtime.config.data_dir / "started").read_text().split() == [str(pid)]
+    assert pid != os.getpid()
+    told = {"pid": pid, "count": 3}
+    wait_for(lambda: runtime.stats()["plugins"]["echo"]["metrics"] == told, "the worker to tell its figures")

@@ -132,7 +132,7 @@ class Dispatcher(threading.Thread):
             if fence.asked_again and fence.ready:
                 fence.settle(lambda seq: event_at(self.codec, self.store, seq))
         waits = [wait for fence in self.fences if (wait := fence.tick(now)) is not None]
-        waits += [fence.breaker.retry_in for fence in self.fences if fence.breaker.state == "open"]
+        waits += [fence.breaker.retry_in for fence in self.fences if not fence.ready and fence.breaker.state == "open"]
         waits += [0.25 for fence in self.fences if fence.unsaved]
         if self.judge.unsaved:
             waits.append(0.25)

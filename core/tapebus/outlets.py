@@ -71,8 +71,9 @@ class ThreadConsumer(threading.Thread):
             if not fence.ready:
                 if self.backlog.closed:
                     break
-                waits = [each for each in (wait, fence.breaker.retry_in) if each]
-                self._bell.wait(min(waits, default=None))
+                if fence.breaker.state == "open":
+                    wait = min(wait, fence.breaker.retry_in) if wait is not None else fence.breaker.retry_in
+                self._bell.wait(wait)
                 continue
             if fence.unsaved:
                 wait = min(wait, 0.25) if wait is not None else 0.25

@@ -116,11 +116,14 @@ class Runtime:
         failpoint("start.wired")
         self._listen()
         failpoint("start.listening")
-        for name in self.wiring.contexts:
+        for name in self._plugins_here():
             self._call("tapebus_start", name, config.bus.start_s)
         failpoint("start.plugins_started")
         self._run_threads()
         failpoint("start.running")
+
+    def _plugins_here(self) -> list[str]:
+        return [name for name in self.wiring.contexts if name not in self.wiring.apart]
 
     def _call(self, hook: str, name: str, seconds: float) -> None:
         """Call a hook of the plugin called `name`, for at most `seconds`."""
@@ -321,7 +324,7 @@ class Runtime:
         for part in (self.feed, self.control):
             part.stop()
             part.join(2.0)
-        for name in self.wiring.contexts:
+        for name in self._plugins_here():
             try:
                 self._call("tapebus_stop", name, max(STOP_CALL_S, deadline - time.monotonic()))
             except Exception as error:

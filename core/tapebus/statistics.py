@@ -130,14 +130,24 @@ class Statistics:
         runtime = self._runtime
         out: dict[str, dict[str, Any]] = {}
         for name, context in runtime.wiring.contexts.items():
-            health = self._ask("tapebus_health", runtime.manager, name, context) or {"status": "ok", "message": ""}
+            health, metrics = self._of_plugin(name, context)
             for fence in runtime.consumers:
                 if fence.plugin == name and fence.state not in ("running", "paused", "starting"):
                     why = fence.hanging or fence.breaker.reason or fence.last_error
                     health = {"status": "error", "message": f"{fence.consumer.name} {fence.state}: {why}"}
-            metrics = self._ask("tapebus_metrics", runtime.manager, name, context) or {}
             out[name] = {"health": health, "metrics": metrics}
         return out
+
+    def _of_plugin(self, name: str, context: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Health and metrics as the plugin tells them, here or in its own process."""
+        runtime = self._runtime
+        if name in runtime.wiring.apart:
+            told = [each.told for each in runtime.processes if each.plugin == name]
+            health, metrics = told[0] if told else ({}, {})
+        else:
+            health = self._ask("tapebus_health", runtime.manager, name, context) or {}
+            metrics = self._ask("tapebus_metrics", runtime.manager, name, context) or {}
+        return health or {"status": "ok", "message": ""}, metrics
 
     # -- requests --------------------------------------------------------------------------------
 
@@ -263,7 +273,7 @@ class Statistics:
             "lag": max((last - f.cursor for f in self._runtime.wiring.fences), default=0),
         }
         for name, context in self._runtime.wiring.contexts.items():
-            found = self._ask("tapebus_metrics", self._runtime.manager, name, context) or {}
+            _, found = self._of_plugin(name, context)
             if "slots" in found:
                 out["slots"] = found["slots"]
         return out

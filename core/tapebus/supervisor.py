@@ -57,6 +57,8 @@ class ProcessConsumer(threading.Thread):
         self.cursor = start
         self.handled = self.errors = self.over_budget = self.restarts = 0
         self.last_error = ""
+        #: Health and metrics as the plugin told them last.
+        self.told: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
         self._environment = environment(config.plugin(plugin))
         self._orders = Orders(_only(config, plugin), plugin, consumer.name, endpoint, start, os.getpid())
         self._start_s = config.bus.start_s
@@ -227,6 +229,8 @@ class ProcessConsumer(threading.Thread):
         elif "at" in report:
             if report["at"]:
                 self._at, self._type = report["at"], report["type"]
+        elif "health" in report:
+            self.told = (report["health"], report["metrics"])
         elif "settling" in report:
             self._settling = report["settling"]
         elif "settled" in report:

@@ -41,6 +41,8 @@ class Wiring:
         self.inline: list[Fence] = []
         self.threads: list[Fence] = []
         self.processes: list[tuple[str, Consumer]] = []
+        #: Plugins that live in processes of their own: all but their registration is called there.
+        self.apart: set[str] = set()
         self._ring = ring
         saved = store.cursors() if store is not None else {}
         last_seq = store.last_seq() if store is not None else 0
@@ -62,6 +64,7 @@ class Wiring:
                 consumer.faults = consumer.faults.changed_by(config.faults(name), name)
                 if consumer.mode == "process":
                     self.processes.append((name, consumer))
+                    self.apart.add(name)
                     continue
                 unit = saved.get(consumer.name)
                 start = last_seq if consumer.start == "now" else first_seq - 1

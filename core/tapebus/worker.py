@@ -31,6 +31,7 @@ from tapebus.events import DeadLetter, Event
 from tapebus.failpoints import failpoint
 from tapebus.fence import Fence, PluginContext
 from tapebus.publisher import Publisher
+from tapebus.statistics import Ask
 from tapebus.store import Commit, Unit
 from tapebus.tape import Tape
 from tapebus.wiring import identity
@@ -221,13 +222,20 @@ class Worker:
     def _pulse(self) -> None:
         """Report where the handler is while it moves; silence is what the supervisor kills for."""
         pause = threading.Event()
-        doing, last = self.fence.doing, None
+        doing, last, told, ask = self.fence.doing, None, None, Ask()
         while not pause.wait(self._consumer.faults.deadline_s / PULSES):
             now = doing.progress
             if not now[0] or now != last:
                 event: Any = doing.event
                 _report({"at": event.bus_seq, "type": event.event_type} if event is not None else {"at": 0})
             last = now
+            tell = {
+                name: ask(f"tapebus_{name}", self._manager, self._context.name, self._context) or {}
+                for name in ("health", "metrics")
+            }
+            if tell != told:
+                told = tell
+                _report(tell)
 
     def _progress(self, first: bool = False) -> None:
         fence = self.fence

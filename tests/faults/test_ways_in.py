@@ -13,7 +13,6 @@ import threading
 import time
 from typing import Any
 
-import pytest
 import zmq
 
 from bus_support import listening, pushing, quote, wait_until
