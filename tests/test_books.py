@@ -146,6 +146,71 @@ def test_an_account_names_its_newest_gaps_and_sums_all():
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(old), type=ProducerBook).gaps == []
 
 
+def test_the_books_of_the_bus_itself_and_of_unnumbered_senders_outlive_it(capsys, make_bus):
+    bus = make_bus(["schema", "store"])
+    for n in range(1, 4):
+        bus.start()
+        with pushing(bus.ingest) as send:
+            send(json.dumps(event(n)).encode())
+            send(b"{broken")
+            bus.wait_for(lambda s, n=n: s["bus"]["rejected"].get("ingest.malformed") == n, "to refuse what is broken")
+            bus.wait_for(
+                lambda s: s["books"]["in_flight"] == 0 and s["bus"]["received"] == s["bus"]["stored"], "to commit"
+            )
+        bus.kill() if n == 1 else bus.stop()
+        code, found = report(capsys, bus.config_file, "--deep")
+        assert (code, found["tape"]["stray"], found["counted"]["missing"]) == (0, 0, 0)
+        [account] = [each for each in found["producers"] if each["source"] == "unsequenced"]
+        assert account["stored"] == n
+
+
+DAY = 86400.0
+
+
+def old(number: int, days: float, last_bus_seq: int, in_flight: int = 0) -> ProducerBook:
+    found = ProducerBook(bytes([number]) * 16, 1, "script", 3, 2, 3 + in_flight, {"ingest.malformed": 1})
+    found.seen_at, found.last_bus_seq = 100 * DAY - days * DAY, last_bus_seq
+    return found
+
+
+def test_accounts_of_producers_long_gone_are_added_up_once_their_events_are_gone():
+    accounts = [old(1, 0, 90), old(2, 31, 90), old(3, 31, 40), old(4, 29, 40), old(5, 31, 40, in_flight=2)]
+    kept, gone = books.fold(accounts, 50, 100 * DAY)
+    assert [each.producer_id[0] for each in gone] == [3, 5]
+    [total] = [each for each in kept if each.producer_id == books.FINISHED]
+    assert (total.watermark, total.stored, total.highest_seq, total.rejected) == (6, 4, 8, {"ingest.malformed": 2})
+    before = books.summary(map(books.account, accounts), 10)
+    after = books.summary(map(books.account, kept), 10)
+    assert (after.published, after.stored, after.rejected, after.in_flight) == (
+        (before.published, before.stored, before.rejected, before.in_flight)
+    )
+    # again: nothing is added twice, and a clock that is years ahead adds nothing
+    assert books.fold(kept, 50, 100 * DAY) == (kept, [])
+    assert books.fold(kept, 50, 9000 * DAY) == (kept, [])
+    # too many accounts: events may still be on the tape, but nothing may be on its way
+    kept, gone = books.fold([*accounts, old(6, 31, 90, in_flight=1)], 1, 100 * DAY, many=5)
+    assert [each.producer_id[0] for each in gone] == [2, 3]
+
+
+def test_a_bus_forgets_old_accounts_at_its_start_and_the_sums_stay(capsys, make_bus):
+    from tapebus_store import tapebus_open_store
+
+    bus = make_bus(["schema", "store"])
+    bus.data_dir.mkdir(0o700, parents=True)
+    store = tapebus_open_store(data_dir=bus.data_dir, config={}, readonly=False)
+    long_gone = [ProducerBook(bytes([n]) * 16, 1, "script", 3, 0, 3, {"ingest.malformed": 3}) for n in range(1, 60)]
+    lately = ProducerBook(b"l" * 16, 1, "lately", 1, 0, 1, {"ingest.malformed": 1}, seen_at=100 * DAY)
+    store.commit(Commit(producers=[*long_gone, lately]))
+    store.close()
+    before = report(capsys, bus.config_file)[1]["tape"]
+    bus.start()
+    assert bus.stop() == 0
+    code, found = report(capsys, bus.config_file)
+    assert code == 0 and found["tape"]["rejected"] == before["rejected"] == 59 * 3 + 1
+    assert {each["source"] for each in found["producers"]} >= {"finished", "lately"}
+    assert not [each for each in found["producers"] if each["source"] == "script"]
+
+
 def test_a_publisher_that_runs_out_of_room_leaves_its_gaps_on_the_tape(capsys, make_bus, free_ports):
     bus = make_bus(["schema", "store"])
     with Publisher("burst", endpoint=bus.acked, capacity_events=64) as publisher:

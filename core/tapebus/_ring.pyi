@@ -13,7 +13,7 @@ class Ring:
         entries: int = 65536,
         max_bytes: int = ...,
         next_seq: int = 1,
-        max_producers: int = 65536,
+        max_producers: int = 262144,
     ) -> None: ...
     def inject(self, frame: bytes, producer: int, unit: Unit | None = None) -> None: ...
     def producer(

@@ -45,7 +45,7 @@ cdef class Ring:
     """
 
     def __cinit__(self, Topics topics not None, int entries=65536, int64_t max_bytes=64 << 20,
-                  uint64_t next_seq=1, uint32_t max_producers=65536):
+                  uint64_t next_seq=1, uint32_t max_producers=262144):
         cdef int i
         if entries < 2 or entries & (entries - 1):
             raise ValueError(f"bus.ring_entries must be a power of two, got {entries}")

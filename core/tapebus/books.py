@@ -18,6 +18,12 @@ from tapebus.store import Gap, ProducerBook
 #: The first letters of counters that are kept on the tape without an account.
 REJECTED, DROPPED, DEAD = "rejected.", "dropped.", "dead."
 UNSEQUENCED = LEGACY[1].name
+#: The account into which those of producers long gone are added up.
+FINISHED = b"finished".ljust(16, b"\0")
+#: Seconds without a word after which a producer is long gone.
+GONE_S = 30 * 86400.0
+#: With more accounts than this, those long gone are added up although their events are still on the tape.
+MANY = 10_000
 
 
 class Account(Struct):
@@ -136,10 +142,45 @@ class _Named(Struct):
     source: str = ""
 
 
+def fold(
+    accounts: list[ProducerBook], first_seq: int, now: float, many: int = MANY
+) -> tuple[list[ProducerBook], list[ProducerBook]]:
+    """The accounts to go on with, and those that were added up into the one called `FINISHED`.
+
+    An account is what a resent event is recognised by. It may go when the producer has been silent for `GONE_S` and
+    all its events have fallen out of retention (`first_seq` is the oldest on the tape): then no event can come to be
+    on the tape twice. Beyond `many` accounts silence and an empty queue are enough. A clock that jumps ahead folds
+    nothing: time is measured against the newest account.
+    """
+    now = min(now, max((each.seen_at for each in accounts), default=0.0))
+    crowded = len(accounts) > many
+    kept: list[ProducerBook] = []
+    gone: list[ProducerBook] = []
+    total = ProducerBook(FINISHED, 0, "finished")
+    for each in accounts:
+        silent = each.epoch != 0 and now - each.seen_at > GONE_S
+        settled = each.last_bus_seq < first_seq or (crowded and each.highest_seq <= each.watermark)
+        if each.producer_id == FINISHED:
+            total = msgspec.structs.replace(each, rejected=dict(each.rejected), dropped=dict(each.dropped))
+        elif silent and settled:
+            gone.append(each)
+        else:
+            kept.append(each)
+    for each in gone:
+        total.watermark += each.watermark
+        total.highest_seq += max(each.highest_seq, each.watermark)
+        total.stored += each.stored
+        for sums, more in ((total.rejected, each.rejected), (total.dropped, each.dropped)):
+            for name, count in more.items():
+                sums[name] = sums.get(name, 0) + count
+        total.seen_at = max(total.seen_at, each.seen_at)
+    return ([*kept, total] if total.watermark or total.highest_seq else kept), gone
+
+
 def readable(producer_id: bytes) -> str:
     """The name of a way in or a plugin, the hexadecimal digits of any other producer."""
     text = producer_id.rstrip(b"\0")
-    named = text in (b"bus", b"ingest") or text.startswith((b"plugin:", b"source:"))
+    named = text in (b"bus", b"ingest", b"finished") or text.startswith((b"plugin:", b"source:"))
     return text.decode() if named else producer_id.hex()
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 import zmq
 
-from tapebus import failpoints, plugins, ports
+from tapebus import books, failpoints, plugins, ports
 from tapebus._ingest import Ingest
 from tapebus._ring import Ring
 from tapebus._scan import Topics
@@ -27,7 +27,7 @@ from tapebus.config import Config
 from tapebus.control import Control
 from tapebus.deadline import Overdue, within
 from tapebus.dispatcher import Dispatcher
-from tapebus.errors import StoreError, TapebusError
+from tapebus.errors import StoreError, StoreFull, TapebusError
 from tapebus.events import DeadLetter, Wire
 from tapebus.failpoints import failpoint
 from tapebus.feed import Feed, bind
@@ -38,7 +38,7 @@ from tapebus.outlets import ThreadConsumer
 from tapebus.reaper import Reaper
 from tapebus.spool import default_directory
 from tapebus.statistics import Statistics
-from tapebus.store import Unit
+from tapebus.store import Commit, Unit
 from tapebus.supervisor import ProcessConsumer
 from tapebus.tapewriter import TapeWriter
 from tapebus.watchdog import Watchdog, restore
@@ -107,9 +107,9 @@ class Runtime:
         self.codec = Codec(registry, topics, reject_unknown=config.bus.unknown_types == "reject")
         self.codec.register_topics()
         self.ring = Ring(topics, config.bus.ring_entries, config.bus.ring_bytes, last_seq + 1)
+        self._carry_books_over()
         self._own = self.ring.producer(identity("bus"), 0, "tapebus", sequenced=False)
         self._legacy = self.ring.producer(identity(UNSEQUENCED), 0, "unsequenced", sequenced=False)
-        self._carry_books_over()
         self.ingest = Ingest(self.ring, secrets.randbits(63), self.store is not None, MAX_FRAME)
         self.ingest.samples = self._sample
         self._wire_threads(last_seq)
@@ -131,9 +131,18 @@ class Runtime:
         within(seconds, f"plugin {name!r}: {hook}", call)
 
     def _carry_books_over(self) -> None:
+        """Open the accounts that are on the tape; those of producers long gone become one."""
         if self.store is None:
             return
-        for book in self.store.producers():
+        kept, gone = books.fold(self.store.producers(), self.store.first_seq(), time.time())
+        if gone:
+            try:
+                finished = [each for each in kept if each.producer_id == books.FINISHED]
+                self.store.commit(Commit(producers=finished, forgotten=gone))
+            except StoreFull as error:
+                log.warning("%s; the accounts of producers long gone stay for now", error)
+                kept = self.store.producers()
+        for book in kept:
             sequenced = book.epoch != 0
             self.ring.producer(book.producer_id, book.epoch, book.source, book, sequenced=sequenced)
 

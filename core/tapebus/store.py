@@ -112,6 +112,8 @@ class Unit(Struct):
     state: dict[str, bytes | None] = {}
     dead: list[DeadLetter] = []
     settled: list[int] = []
+    #: Accounts that go; what they counted is in another one of the same commit.
+    forgotten: list[ProducerBook] = []
 
 
 class Commit(Struct):
@@ -125,6 +127,8 @@ class Commit(Struct):
     counters: dict[str, int] = {}
     #: Ids of dead letters that go.
     settled: list[int] = []
+    #: Accounts that go; what they counted is in another one of the same commit.
+    forgotten: list[ProducerBook] = []
 
 
 _PROCESS = uuid.uuid4().hex

@@ -286,6 +286,8 @@ class LmdbStore(LmdbReader):
             tape.newest = max(tape.newest, block.max_received)
         for book in commit.producers:
             self._put(txn, "producers", books.producer_key(book), books.encode(book))
+        for book in commit.forgotten:
+            self._delete(txn, "producers", books.producer_key(book))
         for unit in commit.units:
             self._write_unit(txn, unit)
         for number, name in commit.topics.items():

@@ -124,7 +124,7 @@ class Redis(System):
     """One stream; an event is accepted when XADD has answered, and sent again after a lost connection."""
 
     name = "Redis Streams"
-    settings = "defaults (RDB snapshots)"
+    settings = "defaults (RDB snapshots, appendonly no)"
     options: tuple[str, ...] = ()
 
     def __init__(self, directory: Path, port: int) -> None:
