@@ -36,6 +36,7 @@ class Peer:
         self.nacks: list[tuple[int, int]] = []
         self.rejects: list[tuple[int, int, int]] = []
         self.welcomed = False
+        self.pongs = 0
 
     def frame(self, kind: int, body: bytes = b"", epoch: int | None = None) -> bytes:
         return wire.HEAD.pack(kind, 0, wire.VERSION, self.id, self.epoch if epoch is None else epoch) + body
@@ -94,6 +95,8 @@ class Peer:
             assert count == (len(body) - wire.S_ACK.size) // wire.S_REJECT.size
         elif kind == wire.NACK:
             self.nacks.append(wire.S_NACK.unpack(body))
+        elif kind == wire.PONG:
+            self.pongs += 1
 
     def finish(self, last: int, step: int = 500) -> None:
         """Send all up to `last` that the bus does not have yet, in order, until it acknowledges it."""
