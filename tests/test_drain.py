@@ -103,7 +103,7 @@ def test_a_hanging_consumer_cannot_keep_the_bus_from_stopping_in_order(hanging, 
     assert end(bus) == 0, bus.output()
     with Tape.open(bus.data_dir) as tape:
         assert len(list(tape.read(topics=["market_data"]))) == 1000
-        assert tape._reader.cursors().get("hanging") is None
+        assert tape._reader.cursors()["hanging"].cursor == 0
 
 
 def test_a_second_signal_forces_the_end(hanging):

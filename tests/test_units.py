@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,28 @@ def test_derived_events_are_neither_lost_nor_doubled_by_killing_the_bus(make_bus
     assert bus.stop() == 0
     consistent(bus)
     assert [event.data["volume"] for event in derived(bus)] == list(range(1, published + 1))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("mode", ["inline", "thread", "process"])
+def test_a_consumer_that_begins_now_sees_all_since_its_first_start_although_the_bus_died_at_once(
+    make_bus, tmp_path, mode
+):
+    install(tmp_path, "counter", COUNTER.replace("MODE", mode).replace('"first"', '"now"'))
+    bus = make_bus(["schema", "store", "counter"])
+    bus.python_path = [str(tmp_path)]
+    with Publisher("test", endpoint=bus.acked) as publisher:
+        bus.variables = {"TAPEBUS_FAILPOINT": "tape.after_commit:1", "TAPEBUS_BUS_PUBLISH_HEARTBEAT": "false"}
+        bus.spawn()
+        assert publisher.publish("market_data", quote(1))
+        assert bus.process.wait(30.0) == -signal.SIGKILL
+        bus.variables = {}
+        bus.start()
+        assert publisher.publish("market_data", quote(2))
+        assert publisher.flush(30.0)
+        wait_until(lambda: len(derived(bus)) >= 2, "derived events")
+    assert [event.data["volume"] for event in derived(bus)] == [1, 2]
+    assert bus.stop() == 0
 
 
 def derived(bus: object) -> list:

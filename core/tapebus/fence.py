@@ -16,6 +16,7 @@ from tapebus._decode import Batch
 from tapebus.breaker import Breaker
 from tapebus.consumer import Consumer
 from tapebus.events import ERROR, DeadLetter, Event, derive
+from tapebus.failpoints import failpoint
 from tapebus.store import Unit
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -368,6 +369,7 @@ class Fence:
             if self.ready:
                 self.breaker.trip(self.last_error)
             return
+        failpoint("fence.before_unit")
         frame, changes = context.take()
         self._saved_cursor = self.cursor
         self._saved_at = time.monotonic()
@@ -375,3 +377,4 @@ class Fence:
         unit = Unit(self.consumer.name, self.cursor, sorted(self.ahead), namespace, changes, self._dead, self._settled)
         self._dead, self._settled = [], []
         self._send_unit(unit, frame)
+        failpoint("fence.after_unit")

@@ -11,6 +11,7 @@ from tapebus.backlog import Backlog
 from tapebus.blocks import BlockView
 from tapebus.codec import Codec
 from tapebus.dispatcher import FanOut, Slice, event_at
+from tapebus.failpoints import failpoint
 from tapebus.fence import Fence
 from tapebus.store import StoreReader
 
@@ -83,6 +84,7 @@ class ThreadConsumer(threading.Thread):
                     break
                 fence.close_unit()
                 continue
+            failpoint("outlet.before_slice")
             if fence.consumer.lanes:
                 self._overtake()
             fence.offer(self._fan.split(piece.events, piece.view, piece.start)[0], piece.last_seq)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -154,12 +155,7 @@ class Runtime:
         )
         self.wiring = Wiring(self.manager, config, self.ring, self.store)
         restore(self.store, self.wiring.inline, self._tell_tape)
-        saved = self.store.cursors().get(JUDGE) if self.store is not None else None
-        judge = Judge(
-            self.codec.topics,
-            saved.cursor if saved is not None else last_seq,
-            self._tell_tape,
-        )
+        judge = Judge(self.codec.topics, self._begin(last_seq), self._tell_tape)
         cursors = [judge.cursor, *(fence.cursor for fence in self.wiring.inline)]
         self.dispatcher = Dispatcher(
             self.codec,
@@ -178,6 +174,24 @@ class Runtime:
         self.dispatcher.outlets = list(self.threads)
         self.tape.deliver = self.dispatcher.deliver
         self.statistics.watchdog = Watchdog(self, self._tell_tape, self._fail)
+
+    def _begin(self, last_seq: int) -> int:
+        """Write down where those begin who have no cursor yet; the cursor of the judge.
+
+        Else a crash before their first unit of work would let them begin behind events they never saw.
+        """
+        if self.store is None:
+            return last_seq
+        judged: Unit | None = self.store.cursors().get(JUDGE)
+        beginnings = list(self.wiring.beginnings)
+        if judged is None:
+            judged = Unit(JUDGE, last_seq)
+            beginnings.append(judged)
+        if beginnings:
+            # on a full disk the bus starts all the same, and they are written with their first unit of work
+            with contextlib.suppress(StoreFull):
+                self.store.commit(Commit(units=beginnings))
+        return judged.cursor
 
     def _tell_tape(self, unit: Unit) -> None:
         self.ring.inject(b"", self._own, unit)
@@ -217,11 +231,11 @@ class Runtime:
                 consumer,
                 config,
                 local,
-                self.first_seq - 1 if consumer.start == "now" else 0,
+                start,
                 self.tape.bury,
                 self.tape.purge,
             )
-            for plugin, consumer in self.wiring.processes
+            for plugin, consumer, start in self.wiring.processes
         ]
 
     def _stopped_within(self, seconds: float) -> bool:

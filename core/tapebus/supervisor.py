@@ -20,6 +20,7 @@ from tapebus.breaker import Breaker
 from tapebus.config import Config, Plugins
 from tapebus.consumer import Consumer
 from tapebus.events import CRASHED, TIMEOUT, DeadLetter
+from tapebus.failpoints import VARIABLE, failpoint
 from tapebus.worker import EXIT_MEMORY, Orders, needed
 
 log = logging.getLogger("tapebus.supervisor")
@@ -29,7 +30,7 @@ BACKOFF_MAX_S, BACKOFF_PROGRESS_S = 30.0, 2.0
 #: Seconds a child has to finish when it is asked to.
 STOP_S = 2.0
 #: Variables every program needs to find its way; a child gets no other but those its own table names.
-ENVIRONMENT = ("PATH", "PYTHONPATH", "HOME", "USER", "LANG", "TZ", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
+ENVIRONMENT = ("PATH", "PYTHONPATH", "HOME", "USER", "LANG", "TZ", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH", VARIABLE)
 
 
 class ProcessConsumer(threading.Thread):
@@ -146,6 +147,7 @@ class ProcessConsumer(threading.Thread):
         """Run one child to its end: the reason code and what happened."""
         self._base = (self.handled, self.errors, self.over_budget)
         self._at = 0
+        failpoint("supervisor.before_child")
         try:
             child = subprocess.Popen(
                 [sys.executable, "-m", "tapebus.worker"],
@@ -160,6 +162,7 @@ class ProcessConsumer(threading.Thread):
             return CRASHED, f"cannot be started: {error.strerror}"
         assert child.stdin is not None and child.stdout is not None
         self._child = child
+        failpoint("supervisor.after_child")
         with child.stdin, child.stdout:
             try:
                 child.stdin.write(msgspec.json.encode(self._orders) + b"\n")
@@ -220,6 +223,7 @@ class ProcessConsumer(threading.Thread):
         return CRASHED, f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
 
     def _hear(self, line: bytes) -> None:
+        failpoint("supervisor.on_report")
         report: dict[str, Any] = msgspec.json.decode(line)
         if "dead" in report:
             self._bury(msgspec.convert(report["dead"], DeadLetter, strict=False))

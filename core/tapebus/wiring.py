@@ -40,9 +40,11 @@ class Wiring:
         self.contexts: dict[str, PluginContext] = {}
         self.inline: list[Fence] = []
         self.threads: list[Fence] = []
-        self.processes: list[tuple[str, Consumer]] = []
+        self.processes: list[tuple[str, Consumer, int]] = []
         #: Plugins that live in processes of their own: all but their registration is called there.
         self.apart: set[str] = set()
+        #: Where consumers without a cursor begin; to be written down before the first event comes.
+        self.beginnings: list[Unit] = []
         self._ring = ring
         saved = store.cursors() if store is not None else {}
         last_seq = store.last_seq() if store is not None else 0
@@ -62,14 +64,16 @@ class Wiring:
             _check_modes(name, consumers)
             for consumer in consumers:
                 consumer.faults = consumer.faults.changed_by(config.faults(name), name)
+                unit = saved.get(consumer.name)
+                if unit is None:
+                    unit = Unit(consumer.name, last_seq if consumer.start == "now" else 0)
+                    self.beginnings.append(unit)
+                cursor = max(unit.cursor, first_seq - 1)
                 if consumer.mode == "process":
-                    self.processes.append((name, consumer))
+                    self.processes.append((name, consumer, cursor))
                     self.apart.add(name)
                     continue
-                unit = saved.get(consumer.name)
-                start = last_seq if consumer.start == "now" else first_seq - 1
-                cursor = unit.cursor if unit is not None else start
-                fence = self._fence(name, consumer, context, max(cursor, first_seq - 1), unit.ahead if unit else [])
+                fence = self._fence(name, consumer, context, cursor, unit.ahead)
                 (self.inline if consumer.mode == "inline" else self.threads).append(fence)
         names = [fence.consumer.name for fence in (*self.inline, *self.threads)]
         for each in names:

@@ -160,6 +160,7 @@ class Worker:
     def run(self) -> None:
         """Deliver until standard input ends."""
         plugins.call_one(self._manager, "tapebus_start", self._context.name, context=self._context)
+        failpoint("worker.started")
         self._progress(first=True)
         threading.Thread(target=self._pulse, name="tapebus-pulse", daemon=True).start()
         while self._obey(0.0):
@@ -170,6 +171,7 @@ class Worker:
                 self.fence.close_unit()
                 self._idle()
             self._progress()
+        failpoint("worker.stopping")
         self.fence.close_unit(force=True)
         self._outlet.publisher.close(timeout=1.0)
         plugins.call_one(self._manager, "tapebus_stop", self._context.name, context=self._context)
