@@ -107,7 +107,7 @@ class Rig:
     def _work(self, name: str) -> None:
         if name.startswith(("stop.", "worker.stopping")):
             self._acknowledged()
-            self._wait(lambda stats: self.bus.consumer("processed")["state"] == "running", "to have its worker")
+            self._wait(lambda stats: self.bus.consumer("processed")["handled"], "to have its worker at work")
             self.bus.process.send_signal(signal.SIGTERM)
             code = self._end()
             assert code == (0 if name.startswith("worker.") else -signal.SIGKILL), name
