@@ -17,6 +17,7 @@ from bus_support import pushing, quote, wait_until
 from tapebus import Publisher, Tape, books, places, wire
 from tapebus.blocks import crc32c
 from tapebus.cli import main
+from tapebus.events import PLUGIN_REASONS
 from tapebus.store import MAX_GAPS, Commit, Gap, ProducerBook
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -275,6 +276,10 @@ def test_no_place_is_counted_that_is_not_on_the_list():
 @pytest.mark.parametrize("name", ["plugin.slots.error", "relay.telegram.failed", "legacy.shed", "ingest.rate"])
 def test_the_list_knows_its_names(name):
     assert places.known(name)
+
+
+def test_the_list_knows_every_reason_for_which_a_consumer_buries():
+    assert [reason for reason in PLUGIN_REASONS if not places.known(f"plugin.slots.{reason}")] == []
 
 
 @pytest.mark.parametrize("name", ["client.", "plugin.error", "relay.telegram.lost", "legacy", "ingest.other", ""])

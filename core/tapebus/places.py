@@ -42,6 +42,7 @@ PLUGIN = (
     Place("plugin.*.queue_full", 0, "the consumer could not take it"),
     Place("plugin.*.error", 0, "the handler raised"),
     Place("plugin.*.timeout", 0, "the handler did not return in time"),
+    Place("plugin.*.crashed", 0, "the plugin's process died with it in its hands"),
     Place("plugin.*.quarantined", 0, "the consumer is set aside after too many errors"),
 )
 #: Messages to the outside that were given up. ``*`` is the relay.
