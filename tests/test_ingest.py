@@ -362,3 +362,51 @@ def test_a_connection_with_a_routing_id_of_its_own_is_counted_not_served(make):
         assert bench.sampled.wait(10)
     assert [why for _, why in bench.samples] == ["the connection has a routing id of its own"]
     assert len(bench.ring.identities) == 1
+
+
+def test_a_session_nobody_speaks_in_is_forgotten_and_its_producer_told_to_say_hello(make):
+    bench = make()
+    bench.ingest.silent_us = 20_000
+    bench.hello()
+
+    def forgotten() -> bool:
+        # anything that arrives lets the bus look
+        bench.push.send(json.dumps(event()).encode())
+        return bool(bench.raws(1)) and bench.ingest.sessions_count == 0
+
+    wait_until(forgotten, "the session to be forgotten")
+    assert (bench.ingest.sessions_count, bench.ingest.connected()) == (0, set())
+    bench.batch(1, 3)
+    assert bench.nack() == (0, wire.NACK_UNKNOWN)
+    assert bench.hello()[1] == 0
+
+
+def test_all_producers_together_may_not_have_more_on_the_way_than_the_ring_holds(make):
+    bench = make()
+    credits = []
+    dealers = [bench.zmq.socket(zmq.DEALER) for _ in range(40)]
+    for n, dealer in enumerate(dealers):
+        dealer.linger, dealer.rcvtimeo = 0, PATIENCE_MS
+        dealer.connect(bench.router.last_endpoint)
+        about = wire.S_HELLO.pack(0) + msgspec.msgpack.encode({"source": "many"})
+        dealer.send(wire.HEAD.pack(wire.HELLO, 0, wire.VERSION, bytes([n + 1]) * 16, 1) + about)
+        while (frame := dealer.recv())[0] != wire.WELCOME:
+            pass
+        credits.append(wire.S_WELCOME.unpack_from(frame, wire.HEAD.size)[3])
+    assert credits == sorted(credits, reverse=True)
+    assert credits[0] == 4 << 20 and credits[-1] * 40 <= bench.ring.max_bytes
+
+
+def test_a_flood_of_unnumbered_frames_leaves_room_for_producers_that_number_theirs(make):
+    bench = make(entries=16)
+    bench.hello()
+    for n in range(100):
+        bench.push.send(json.dumps(event(n)).encode())
+    # 13 of the 16 places are for everybody
+    wait_until(lambda: bench.ring.fill[0] == 13, "the flood to take its share")
+    bench.batch(1, 2)
+    bench.batch(3, 2)
+    wait_until(lambda: bench.ring.fill[0] == 15, "the batches to take theirs")
+    bench.commit()
+    assert bench.ack()[0] == 4
+    assert bench.book.stored == 4

@@ -8,6 +8,7 @@ class Ingest:
     oversize: int
     shed: int
     batches: int
+    silent_us: int
     samples: Callable[[bytes, str], None] | None
     keep: list[Any]
     def __init__(

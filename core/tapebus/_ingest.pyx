@@ -76,7 +76,7 @@ cdef enum:
 
     STALL_US = 1000000    # a tape that stands still this long makes fire-and-forget frames be shed
     SWEEP_US = 10000000   # how often sessions are looked through for silent ones
-    SILENT_US = 60000000  # a producer says something every 3 s; after this long it must introduce itself again
+    SILENT_US = 60000000  # a producer says something every 3 s
     LIVE_US = 15000000    # and counts as connected for this long
     CREDIT_BYTES = 4 << 20
     LEAST_CREDIT = 64 << 10
@@ -158,6 +158,7 @@ cdef class Ingest:
         int64_t tail_seen
         int64_t tail_seen_us
         int64_t swept_us
+        public int64_t silent_us       # a producer that says nothing for so long must introduce itself again
         uint32_t max_frame
         uint32_t max_events
         uint64_t instance
@@ -180,6 +181,7 @@ cdef class Ingest:
         self.durable = durable
         self.max_frame = max_frame
         self.max_events = max_events
+        self.silent_us = SILENT_US
         self.sources = <source_t *>calloc(MAX_SOCKETS, sizeof(source_t))
         self.sessions = <session_t *>calloc(MAX_SESSIONS, sizeof(session_t))
         if self.sources == NULL or self.sessions == NULL:
@@ -605,11 +607,11 @@ cdef class Ingest:
         """Drop sessions nobody speaks in any more; a producer that does after all is told to say HELLO."""
         cdef int64_t now = monotonic_us()
         cdef int i = 0
-        if now - self.swept_us < SWEEP_US:
+        if now - self.swept_us < min(<int64_t>SWEEP_US, self.silent_us):
             return
         self.swept_us = now
         while i < self.n_sessions:
-            if now - self.sessions[i].seen_us > SILENT_US:
+            if now - self.sessions[i].seen_us > self.silent_us:
                 self.n_sessions -= 1
                 self.sessions[i] = self.sessions[self.n_sessions]
             else:

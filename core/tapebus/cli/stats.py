@@ -98,6 +98,7 @@ def _bus(bus: dict[str, Any]) -> None:
         ("stored", f"{bus['stored']:,}"),
         ("rejected", _reasons(bus["rejected"])),
         ("dropped", _reasons(bus["dropped"])),
+        ("dead letters", _reasons(bus["dead_letters"])),
         ("memory", f"{bus['rss_bytes'] / 1e6:,.0f} MB"),
     ]
     for name, value in rows:
