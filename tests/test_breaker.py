@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from bus_support import quote
+from tapebus import Publisher, Tape
 from tapebus import breaker as module
 from tapebus.breaker import HISTORY, Breaker
+from tapebus.cli import main
 from tapebus.consumer import FaultPolicy
 from tapebus.errors import ConfigError
+from test_units import install
 
 
 @pytest.fixture
@@ -86,3 +90,53 @@ def test_a_policy_that_cannot_work_is_refused_with_its_key_and_the_known_ones(ta
 def test_the_configuration_changes_single_fields_of_what_the_plugin_chose():
     changed = FaultPolicy(window=7, retry_s=3.0).changed_by({"retry_s": 5, "memory_mb": 64}, "p")
     assert (changed.window, changed.retry_s, changed.memory_mb) == (7, 5.0, 64)
+
+
+BROKEN = """
+from tapebus import Consumer, hookimpl
+
+@hookimpl
+def tapebus_register_consumers(context):
+    def handle(batch):
+        if not (context.data_dir / "mended").exists():
+            raise ConnectionError("no database")
+        for event in batch:
+            context.emit("handled", {"n": int(event.data.volume)}, cause=event)
+
+    return [Consumer(name="broken", topics=["market_data"], handler=handle, start="first")]
+"""
+
+
+def test_a_broken_plugin_is_seen_and_reset_from_the_command_line_and_misses_nothing(
+    make_bus, tmp_path, capsys, monkeypatch
+):
+    install(tmp_path, "broken", BROKEN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    bus = make_bus(["schema", "store", "broken"], "[plugins.broken.faults]\nretry_s = 3600\nretry_max_s = 3600\n")
+    bus.python_path = [str(tmp_path)]
+    bus.start()
+    where = ["--config", str(bus.config_file)]
+    with Publisher("test", endpoint=bus.acked) as publisher:
+        for n in range(10):
+            publisher.publish("market_data", quote(n))
+        assert publisher.flush(30.0)
+    stats = bus.wait_for(lambda stats: stats["consumers"][0]["state"] == "open", "to open the breaker")
+    [row] = stats["consumers"]
+    assert (row["breaker"]["state"], row["breaker"]["opened"]) == ("open", 1)
+    with Tape.open(bus.data_dir) as tape:
+        assert row["cursor"] < next(tape.read(topics=["market_data"])).bus_seq
+    assert 3500 < row["breaker"]["retry_in_s"] <= 3600
+    assert stats["plugins"]["broken"]["health"]["status"] == "error"
+    capsys.readouterr()
+    assert main(["plugins", *where]) == 0
+    shown = capsys.readouterr().out
+    assert "broken: open, tries again in" in shown and "no database" in shown
+    (bus.data_dir / "mended").touch()
+    assert main(["plugins", *where, "reset", "broken"]) == 0
+    row = bus.wait_for(lambda stats: stats["consumers"][0]["handled"] == 10, "to handle what waited")["consumers"][0]
+    assert (row["state"], row["errors"], [state for _, state, _ in row["history"]]) == (
+        "running",
+        1,
+        ["open", "running"],
+    )
+    assert bus.stop() == 0

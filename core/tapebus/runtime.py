@@ -92,7 +92,11 @@ class Runtime:
         config.prepare()
         failpoint("start.prepared")
         self.manager = plugins.load(config.plugins.enabled, self._extra, config.bus.start_s)
-        registry = plugins.registry(self.manager, config.plugin)
+        registry = within(
+            config.bus.start_s,
+            "a plugin: tapebus_register_event_types",
+            partial(plugins.registry, self.manager, config.plugin),
+        )
         self.store = self.manager.hook.tapebus_open_store(
             data_dir=config.data_dir, config=config.plugin("store"), readonly=False
         )

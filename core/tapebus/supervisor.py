@@ -194,6 +194,9 @@ class ProcessConsumer(threading.Thread):
                 elif fd in ready:
                     piece = os.read(fd, 65536)
                     if not piece:
+                        # usually the end; a child that only closed its output cannot be heard any more
+                        if not select.select([ended], [], [], STOP_S)[0]:
+                            child.kill()
                         return None
                     wait, heard_at = self.consumer.faults.deadline_s, time.monotonic()
                     *lines, buffer = (buffer + piece).split(b"\n")

@@ -9,6 +9,7 @@ commit and acknowledgement neither loses nor doubles one.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -304,7 +305,7 @@ def _confine(parent: int) -> None:
         # a fork forgets it; what the plugin starts by exec instead ends with the process group
         os.register_at_fork(after_in_child=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL))
         # should the system run out of memory, rather this process than the bus
-        with open("/proc/self/oom_score_adj", "w") as file:
+        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
             file.write("500")
         if os.getppid() != parent:
             os._exit(0)

@@ -51,7 +51,9 @@ def consumers(context: Any, name: str, kind: str, mode: Any) -> list[Consumer]:
                 misbehave(number)
             context.emit(f"echo.{name}", {"n": number}, cause=event)
 
-    return [Consumer(name=name, topics=["market_data"], handler=handle, mode=mode, start="first")]
+    capacity = int(context.config.get("capacity", 65536))
+    topics = ["market_data"]
+    return [Consumer(name=name, topics=topics, handler=handle, mode=mode, start="first", capacity=capacity)]
 
 
 def raising(error: type[BaseException]) -> Callable[[Any], Callable[[int], None]]:

@@ -7,7 +7,7 @@ from typing import Any
 import click
 import msgspec
 
-from tapebus.cli.common import clock, json_option, table, with_config
+from tapebus.cli.common import clock, json_option, table, visible, with_config
 from tapebus.config import Config
 from tapebus.errors import BusNotRunning, TapebusError, UsageError
 
@@ -51,8 +51,8 @@ def _tell_breakers(consumers: list[dict[str, Any]]) -> None:
         again = f", tries again in {each['breaker']['retry_in_s']:.0f} s" if each["breaker"]["retry_in_s"] else ""
         restarts = f", {each['restarts']} restarts" if each["restarts"] else ""
         click.echo(f"\n{each['name']}: {each['state']}{again}{restarts}")
-        rows = [[clock(at), state, reason] for at, state, reason in each["history"][-5:]]
-        table(["since", "state", "reason"], rows)
+        for at, state, reason in each["history"][-5:]:
+            click.echo(visible(f"  {clock(at)}  {state:<10}  {reason}"))
 
 
 def _names(config: Config) -> list[str]:
