@@ -23,7 +23,7 @@ class Bus(threading.Thread):
         self.events = {} if events is None else events
         self.gaps: list[tuple[int, int, int]] = []
         self.credit = (4096, 1 << 20)
-        self.busy = self.bad_sequence = self.mute = 0
+        self.busy = self.bad_sequence = self.bad_crc = self.unknown = self.bye = self.mute = 0
         self.reject: set[int] = set()
         self.frames = 0
         self.stopping = threading.Event()
@@ -93,6 +93,18 @@ class Bus(threading.Thread):
         if self.busy > 0:
             self.busy -= 1
             self.say(client, key, wire.NACK, wire.S_NACK.pack(self.hw[key] + 1, wire.NACK_BUSY))
+        elif self.bad_crc > 0:
+            self.bad_crc -= 1
+            self.say(client, key, wire.NACK, wire.S_NACK.pack(self.hw[key] + 1, wire.NACK_CRC))
+        elif self.unknown > 0:
+            self.unknown -= 1
+            del self.clients[client]
+            self.say(client, key, wire.NACK, wire.S_NACK.pack(0, wire.NACK_UNKNOWN))
+        elif self.bye > 0:
+            # the last that a bus that stops says to a producer whose batch it no longer takes
+            self.bye -= 1
+            del self.clients[client]
+            self.say(client, key, wire.BYE, wire.S_HELLO.pack(self.hw[key]))
         elif base > self.hw[key] + 1 or self.bad_sequence > 0:
             self.bad_sequence -= 1
             self.say(client, key, wire.NACK, wire.S_NACK.pack(self.hw[key] + 1, wire.NACK_SEQUENCE))

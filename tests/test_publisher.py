@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy
 import pytest
 
+from bus_support import wait_until
 from scripted_bus import PATIENCE_S, Bus
 from tapebus.errors import UsageError
 from tapebus.publisher import Publisher
@@ -94,12 +95,13 @@ def test_a_bus_without_its_past_still_gets_what_was_not_acknowledged(bus, pub):
     try:
         assert pub.flush(PATIENCE_S)
         assert again.stored() == list(range(10, 20))
-        assert assert_books_close(pub)["acked"] == 20
+        stats = assert_books_close(pub)
+        assert (stats["acked"], stats["forgotten"]) == (20, 10)
     finally:
         again.kill()
 
 
-@pytest.mark.parametrize("fault", ["busy", "bad_sequence", "mute"])
+@pytest.mark.parametrize("fault", ["busy", "bad_sequence", "bad_crc", "unknown", "bye", "mute"])
 def test_a_refused_or_ignored_frame_is_sent_again(bus, pub, fault):
     publish(pub, range(10))
     assert pub.flush(PATIENCE_S)
@@ -306,6 +308,19 @@ def test_an_absent_bus_does_not_keep_a_process_from_exiting():
     busy = min(run_python(code + "for i in range(1000): p.publish('t', {'i': i})\n") for _ in range(3))
     # The promise is 200 ms; the rest is for a machine that runs other tests as well.
     assert busy - baseline < 0.5
+
+
+def test_what_never_left_is_told_to_the_bus_at_the_end(bus):
+    pub = Publisher("test", bus.endpoint)
+    publish(pub, range(3))
+    assert pub.flush(PATIENCE_S)
+    bus.credit = (0, 0)
+    wait_until(lambda: pub._sender._credit == (0, 0), "the credit to be withdrawn")
+    publish(pub, range(3, 10))
+    pub.close()
+    bus.wait_for(lambda: bus.gaps)
+    assert bus.gaps == [(4, 10, 4)]
+    assert assert_books_close(pub)["dropped"] == {"client.exit_abandoned": 7}
 
 
 def test_leftovers_are_counted_at_close():
