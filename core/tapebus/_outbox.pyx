@@ -31,7 +31,7 @@ cdef enum:
     ABANDONED = 4
     N_PLACES = 8
     ARRAY_HEADER = 5
-    MARK_AT = 2048   # of a spool file, see docs/decisions/0008
+    MARK_AT = 2048   # of a spool file, see docs/decisions/0009
     RECORDS_AT = 4096
     SIZE_BITS = 24
 

@@ -1,6 +1,6 @@
 """Spool files: the outbox of a `Publisher` in a file, so that its events survive the death of their process.
 
-A file is one page of facts and marks and then the ring of records of one outbox (docs/decisions/0008). Who holds
+A file is one page of facts and marks and then the ring of records of one outbox (docs/decisions/0009). Who holds
 its lock owns it: its maker while it lives, afterwards the next `Publisher` of the same source, or the bus.
 """
 
