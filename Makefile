@@ -1,4 +1,4 @@
-# make demo · make test · make faults · make build · make lint · make bench · make asan · make wheel · make clean
+# make demo · make test · make faults · make sabotage · make build · make lint · make bench · make asan · make wheel · make clean
 # PYTHON=/path/to/python3.13 chooses another interpreter than the first suitable one on PATH.
 
 VENV    := .venv
@@ -14,7 +14,7 @@ COMPILED := ring scan blocks outbox ingest
 
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: demo test faults build lint format bench asan wheel clean
+.PHONY: demo test faults sabotage build lint format bench asan wheel clean
 
 demo: $(VENV)/.built
 	@$(BIN)/tapebus demo
@@ -26,6 +26,10 @@ test: $(VENV)/.built $(VENV)/.test
 SIZE ?= long
 faults: $(VENV)/.built $(VENV)/.test
 	@$(BIN)/pytest -q -p no:cacheprovider --timeout 7200 --faults $(SIZE) $(or $(ARGS),tests/faults)
+
+# Breaks a promise at a time in a copy of the tree and sees a test turn red; ARGS names some, or is --list.
+sabotage: $(VENV)/.built $(VENV)/.test
+	@$(BIN)/python tests/faults/sabotage.py $(ARGS)
 
 build: $(VENV)/.built
 
