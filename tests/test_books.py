@@ -204,6 +204,8 @@ def test_a_bus_forgets_old_accounts_at_its_start_and_the_sums_stay(capsys, make_
     store.commit(Commit(producers=[*long_gone, lately]))
     store.close()
     before = report(capsys, bus.config_file)[1]["tape"]
+    assert main(["check", "--books", "--config", str(bus.config_file)]) == 0
+    assert "and 30 accounts more" in capsys.readouterr().out
     bus.start()
     assert bus.stop() == 0
     code, found = report(capsys, bus.config_file)

@@ -257,6 +257,8 @@ class Runtime:
         socket.setsockopt(zmq.SNDHWM, SEND_HWM)
         socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME + 64)
         socket.setsockopt(zmq.HANDSHAKE_IVL, 3000)
+        # everybody connects anew after a restart
+        socket.setsockopt(zmq.BACKLOG, 1024)
         if kind == zmq.ROUTER:
             socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         if key:

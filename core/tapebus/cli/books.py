@@ -15,8 +15,8 @@ from tapebus.cli.common import amount, clock, open_tape, table
 from tapebus.config import Config
 from tapebus.errors import BusNotRunning, StoreError, TapebusError
 
-#: Ranges of lost numbers shown to people; JSON has all that are kept.
-SHOWN_GAPS = 20
+#: Accounts, and ranges of lost numbers, shown to people; JSON has all that are kept.
+SHOWN_ACCOUNTS, SHOWN_GAPS = 30, 20
 
 
 def show(config: Config, as_json: bool, deep: bool) -> int:
@@ -117,9 +117,12 @@ def _print(report: dict[str, Any], accounts: list[books.Account], total: books.S
                 each.in_flight,
                 each.unexplained,
             )
-            for each in accounts
+            for each in _foremost(accounts)
         ],
     )
+    used = sum(each.highest_seq > 0 for each in accounts)
+    if used > SHOWN_ACCOUNTS:
+        click.echo(f"and {used - SHOWN_ACCOUNTS:,} accounts more; --json prints all")
     for name, counts in (("rejected", _sum(accounts, "rejected")), ("dropped", _sum(accounts, "dropped"))):
         for place, count in sorted(counts.items()):
             click.echo(f"{name:<10}{count:>12,}  {place}")
@@ -127,6 +130,16 @@ def _print(report: dict[str, Any], accounts: list[books.Account], total: books.S
     if (counted := report.get("counted")) is not None:
         _print_counted(counted)
     click.echo(total.line())
+
+
+def _foremost(accounts: list[books.Account]) -> list[books.Account]:
+    """Those worth a line: where something is missing first, then who was seen last."""
+
+    def rank(each: books.Account) -> tuple[bool, bool, float]:
+        lost = bool(each.rejected or each.dropped or each.in_flight)
+        return not each.unexplained, not lost and each.sequenced, -each.seen_at
+
+    return sorted((each for each in accounts if each.highest_seq), key=rank)[:SHOWN_ACCOUNTS]
 
 
 def _sum(accounts: list[books.Account], kind: str) -> dict[str, int]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 import click
 import msgspec
 
-from tapebus.cli.common import WIDTH, cut, json_option, table, visible, with_config
+from tapebus.cli.common import WIDTH, json_option, table, visible, with_config
 from tapebus.config import Config
 
 
@@ -77,7 +78,8 @@ def _plugins(plugins: dict[str, Any]) -> None:
         click.echo("\nplugins")
     for name, metrics in shown.items():
         words = ", ".join(f"{key} {_figure(value)}" for key, value in metrics.items())
-        click.echo(cut(visible(f"{name:<14}{words}"), WIDTH))
+        text = textwrap.wrap(visible(words), WIDTH, initial_indent=f"{name:<14}", subsequent_indent=" " * 14)
+        click.echo("\n".join(text))
     for name, plugin in sorted(plugins.items()):
         health = plugin.get("health", {})
         if health.get("status") not in (None, "ok"):
