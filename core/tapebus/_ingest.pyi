@@ -2,6 +2,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tapebus._ring import Ring
+from tapebus.security import Peers, Rights
 
 class Ingest:
     malformed: int
@@ -12,8 +13,15 @@ class Ingest:
     samples: Callable[[bytes, str], None] | None
     keep: list[Any]
     def __init__(
-        self, ring: Ring, instance: int, durable: bool = True, max_frame: int = ..., max_events: int = 4096
+        self,
+        ring: Ring,
+        instance: int,
+        durable: bool = True,
+        max_frame: int = ...,
+        max_events: int = 4096,
+        max_sessions: int = 4096,
     ) -> None: ...
+    def restrict(self, policy: Rights) -> None: ...
     def add(
         self,
         socket: Any,
@@ -22,6 +30,7 @@ class Ingest:
         event_type: str = "",
         source: str = "",
         fields: dict[str, str] | None = None,
+        peers: Peers = "trusted",
     ) -> None: ...
     def set_store_full(self, full: bool) -> None: ...
     def stop_reading_events(self) -> None: ...

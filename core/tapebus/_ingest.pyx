@@ -8,6 +8,8 @@ no build dependency; the sockets are made and configured by pyzmq and used here 
 import ctypes
 import time
 
+from cpython.object cimport PyObject
+from cpython.ref cimport Py_INCREF
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
@@ -21,7 +23,7 @@ from tapebus._blocks cimport crc32c_update
 from tapebus._ring cimport (
     FRAME, GAP, REJECT, Ring, bell_ring, close_fn, entry_t, mail_t, msg_t, producer_t, tb_add, tb_load, tb_store,
 )
-from tapebus._scan cimport item_t, items_t, scan_frame
+from tapebus._scan cimport MAX_TOPICS, item_t, items_t, scan_frame
 
 import msgspec
 import zmq
@@ -35,6 +37,7 @@ ctypedef int (*recv_fn)(msg_t *, void *, int) noexcept nogil
 ctypedef void *(*data_fn)(msg_t *) noexcept nogil
 ctypedef size_t (*size_fn)(msg_t *) noexcept nogil
 ctypedef int (*more_fn)(const msg_t *) noexcept nogil
+ctypedef const char *(*gets_fn)(const msg_t *, const char *) noexcept nogil
 ctypedef int (*send_fn)(void *, const void *, size_t, int) noexcept nogil
 
 cdef struct pollitem_t:
@@ -52,6 +55,8 @@ cdef enum:
     BURST = 512           # frames taken from one socket before the others get their turn
     MAX_SOCKETS = 64
     MAX_SESSIONS = 65536
+    MAX_STRANGERS = 256   # accounts opened by peers that may publish nothing, so that they cannot fill the table
+    SAMPLE_US = 100000    # at most one refused frame of a peer is kept as a dead letter in this time
 
     # the wire, see wire.py
     W_HELLO = 1
@@ -71,8 +76,19 @@ cdef enum:
     HEAD = 28
     BATCH_HEAD = 52       # HEAD + S_BATCH
     MALFORMED = 1         # code of ingest.malformed
+    DENIED = 4            # code of ingest.topic_denied
+    RATE = 5              # code of ingest.rate
     N_PLACES = 4          # codes of PLACES run from 1 to this
     MAX_REPLY = 128       # an acknowledgement with three refused ranges has 99 bytes
+
+    # rights, see security.py
+    EVERYTHING = 0
+    NOBODY = 255
+    ALLOWED = 1
+    REFUSED = 2
+    BY_NUMBER = 0
+    BY_UID = 1
+    BY_USER_ID = 2
 
     STALL_US = 1000000    # a tape that stands still this long makes fire-and-forget frames be shed
     SWEEP_US = 10000000   # how often sessions are looked through for silent ones
@@ -93,6 +109,7 @@ cdef data_fn msg_data = <data_fn>_address("zmq_msg_data")
 cdef size_fn msg_size = <size_fn>_address("zmq_msg_size")
 cdef more_fn msg_more = <more_fn>_address("zmq_msg_more")
 cdef close_fn msg_close = <close_fn>_address("zmq_msg_close")
+cdef gets_fn msg_gets = <gets_fn>_address("zmq_msg_gets")
 cdef send_fn zmq_send = <send_fn>_address("zmq_send")
 cdef poll_fn zmq_poll = <poll_fn>_address("zmq_poll")
 
@@ -120,7 +137,17 @@ cdef inline uint32_t get32(const uint8_t *p) noexcept nogil:
     memcpy(&v, p, 4)
     return v
 
-# A socket the thread reads. `prefix` (malloc'ed) turns a bare payload into an event: for JSON the text
+# What one identity may publish. `verdict` is by topic number: 0 not judged yet, ALLOWED or REFUSED.
+# `tokens` are events it may send now; a frame is let through while there is one, and may leave a debt.
+cdef struct rights_t:
+    uint8_t verdict[MAX_TOPICS]
+    uint8_t wild          # has a pattern with a wildcard, so that new event types may be its
+    double rate
+    double tokens
+    int64_t filled_us
+
+# A socket the thread reads. `peers` says how a peer's rights are found; `rights` are everybody's where they
+# do not depend on the peer. `prefix` (malloc'ed) turns a bare payload into an event: for JSON the text
 # before and after the timestamp, for MessagePack the bytes before it.
 cdef struct source_t:
     void *socket
@@ -128,6 +155,9 @@ cdef struct source_t:
     uint8_t router
     uint8_t wrap
     uint8_t rename
+    uint8_t peers
+    uint8_t rights
+    int64_t sampled_us
     char json[512]
     char pack[512]
     int pack_size
@@ -139,7 +169,9 @@ cdef struct session_t:
     uint32_t told_credit
     int64_t told_durable
     int64_t seen_us
+    int64_t sampled_us
     uint8_t owes_ack
+    uint8_t rights
 
 
 cdef class Ingest:
@@ -151,6 +183,18 @@ cdef class Ingest:
         session_t *sessions
         int n_sources
         int n_sessions
+        int max_sessions
+        uint32_t *places               # open addressing by route: session number + 1, 0 = free
+        uint32_t places_mask
+        uint32_t *session_of           # by producer: session number + 1
+        rights_t *rights               # by number - 1
+        int n_rights
+        uint32_t *uids
+        uint8_t *uid_rights
+        int n_uids
+        int strangers
+        object policy                  # security.Rights
+        list refused                   # ranges the last sieve took out
         items_t items
         int64_t stopping
         int64_t stop_reading
@@ -174,7 +218,7 @@ cdef class Ingest:
         readonly list keep             # pyzmq sockets, kept alive
 
     def __cinit__(self, Ring ring not None, uint64_t instance, bint durable=True,
-                  uint32_t max_frame=256 << 10, uint32_t max_events=4096):
+                  uint32_t max_frame=256 << 10, uint32_t max_events=4096, int max_sessions=4096):
         self.ring = ring
         ring.msg_close = msg_close
         self.instance = instance
@@ -183,9 +227,19 @@ cdef class Ingest:
         self.max_events = max_events
         self.silent_us = SILENT_US
         self.sources = <source_t *>calloc(MAX_SOCKETS, sizeof(source_t))
-        self.sessions = <session_t *>calloc(MAX_SESSIONS, sizeof(session_t))
-        if self.sources == NULL or self.sessions == NULL:
+        if not 1 <= max_sessions <= MAX_SESSIONS:
+            raise ValueError(f"max_sessions must be 1 to {MAX_SESSIONS}")
+        self.max_sessions = max_sessions
+        self.sessions = <session_t *>calloc(max_sessions, sizeof(session_t))
+        # at most half full, so that a search ends soon
+        self.places_mask = 15
+        while self.places_mask < 2 * <uint32_t>max_sessions:
+            self.places_mask = self.places_mask * 2 + 1
+        self.places = <uint32_t *>calloc(self.places_mask + 1, sizeof(uint32_t))
+        self.session_of = <uint32_t *>calloc(ring.max_producers, sizeof(uint32_t))
+        if self.sources == NULL or self.sessions == NULL or self.places == NULL or self.session_of == NULL:
             raise MemoryError
+        self.refused = []
         self.rejects = {}
         self.renames = {}
         self.keep = []
@@ -193,12 +247,44 @@ cdef class Ingest:
     def __dealloc__(self):
         free(self.sources)
         free(self.sessions)
+        free(self.places)
+        free(self.session_of)
+        free(self.rights)
+        free(self.uids)
+        free(self.uid_rights)
         free(self.items.v)
 
-    def add(self, socket, uint32_t producer=0, bint router=False, str event_type="", str source="", dict fields=None):
+    def restrict(self, policy not None):
+        """Let only the identities of `policy` (a `security.Rights`) publish, and only what they may; before `add`."""
+        cdef int i
+        self.policy = policy
+        self.n_rights = len(policy.identities)
+        self.rights = <rights_t *>calloc(self.n_rights or 1, sizeof(rights_t))
+        self.n_uids = len(policy.uids)
+        self.uids = <uint32_t *>calloc(self.n_uids or 1, sizeof(uint32_t))
+        self.uid_rights = <uint8_t *>calloc(self.n_uids or 1, 1)
+        if self.rights == NULL or self.uids == NULL or self.uid_rights == NULL:
+            raise MemoryError
+        for i, (uid, number) in enumerate(policy.uids.items()):
+            self.uids[i] = uid
+            self.uid_rights[i] = number
+        for i, identity in enumerate(policy.identities):
+            self.rights[i].rate = self.rights[i].tokens = identity.rate
+            self.rights[i].filled_us = monotonic_us()
+            # what cannot be numbered any more cannot be judged
+            self.rights[i].verdict[0] = REFUSED
+            for pattern in identity.publish:
+                if pattern.endswith("*"):
+                    self.rights[i].wild = 1
+                else:
+                    self.ring.topics.add(pattern)
+
+    def add(self, socket, uint32_t producer=0, bint router=False, str event_type="", str source="", dict fields=None,
+            str peers="trusted"):
         """Read `socket` (a bound or connected pyzmq socket); with `event_type`, wrap its bare payloads.
 
-        `fields` renames keys of the payload; only then does the frame pass through Python.
+        `fields` renames keys of the payload; only then does the frame pass through Python. `peers` says
+        how those who send are known (`security.Peers`); without `restrict` everybody may do everything.
         """
         cdef source_t *s
         cdef bytes text
@@ -208,6 +294,9 @@ cdef class Ingest:
         s.socket = <void *><uintptr_t>socket.underlying
         s.producer = producer
         s.router = router
+        if self.policy is not None:
+            s.peers = {"ipc": BY_UID, "curve": BY_USER_ID}.get(peers, BY_NUMBER)
+            s.rights = self.policy.loopback if peers == "loopback" else EVERYTHING
         if event_type:
             text = b'{"event_type":%b,"source":%b,"timestamp":%%.6f,"data":' % (
                 msgspec.json.encode(event_type).replace(b"%", b"%%"),
@@ -367,6 +456,7 @@ cdef class Ingest:
         cdef entry_t *entry
         cdef msg_t message
         cdef int i, n
+        cdef uint8_t rights
         cdef bint shedding = False
         for i in range(BURST):
             if not self.has_legacy_room():
@@ -388,6 +478,7 @@ cdef class Ingest:
                 self.count_shed(source, &message)
                 msg_close(&message)
                 continue
+            rights = self.rights_of(source, &message)
             entry.producer = source.producer
             entry.received_us = now_us()
             entry.kind = FRAME
@@ -403,10 +494,15 @@ cdef class Ingest:
             if source.rename:
                 with gil:
                     self._rename(source, entry)
+            if rights != EVERYTHING:
+                self.ring.topics.closed = not self.knows_new(rights)
             if source.wrap and not self.wrap(source, entry):
                 n = -2
             else:
                 n = scan_frame(self.ring.topics, entry.data, entry.size, &self.items, self.max_events)
+            self.ring.topics.closed = 0
+            if n > 0 and rights != EVERYTHING and not self.judge_frame(source, entry, rights):
+                continue
             if n > 0 and self.take_items(entry, 0):
                 self.ring.publish(entry)
             else:
@@ -556,12 +652,181 @@ cdef class Ingest:
                 continue      # the ring owns the message now
             msg_close(&message)
 
+    cdef inline uint32_t home(self, uint64_t route) noexcept nogil:
+        return <uint32_t>((route * 0x9E3779B97F4A7C15u) >> 40) & self.places_mask
+
     cdef session_t *session_at(self, uint64_t route) noexcept nogil:
-        cdef int i
-        for i in range(self.n_sessions):
-            if self.sessions[i].route == route:
-                return &self.sessions[i]
+        cdef uint32_t place = self.home(route)
+        while self.places[place]:
+            if self.sessions[self.places[place] - 1].route == route:
+                return &self.sessions[self.places[place] - 1]
+            place = (place + 1) & self.places_mask
         return NULL
+
+    cdef void lead_to(self, uint64_t route, uint32_t number) noexcept nogil:
+        """Let `route` lead to session `number`."""
+        cdef uint32_t place = self.home(route)
+        while self.places[place] and self.sessions[self.places[place] - 1].route != route:
+            place = (place + 1) & self.places_mask
+        self.places[place] = number + 1
+
+    cdef void lead_nowhere(self, uint64_t route) noexcept nogil:
+        cdef uint32_t place = self.home(route), hole, wanted
+        while self.places[place] and self.sessions[self.places[place] - 1].route != route:
+            place = (place + 1) & self.places_mask
+        if self.places[place] == 0:
+            return
+        # those behind the hole that would have stood in it or before it move up
+        hole = place
+        while True:
+            place = (place + 1) & self.places_mask
+            if self.places[place] == 0:
+                break
+            wanted = self.home(self.sessions[self.places[place] - 1].route)
+            if ((place - wanted) & self.places_mask) >= ((place - hole) & self.places_mask):
+                self.places[hole] = self.places[place]
+                hole = place
+        self.places[hole] = 0
+
+    cdef void end_session(self, session_t *session) noexcept nogil:
+        """Forget `session`; the last one takes its number."""
+        cdef session_t *last = &self.sessions[self.n_sessions - 1]
+        if self.n_rejects:
+            with gil:
+                self.n_rejects -= len(self.rejects.pop(session.producer, ()))
+        self.lead_nowhere(session.route)
+        self.session_of[session.producer] = 0
+        if session != last:
+            self.lead_to(last.route, <uint32_t>(session - self.sessions))
+            self.session_of[last.producer] = <uint32_t>(session - self.sessions) + 1
+            session[0] = last[0]
+        self.n_sessions -= 1
+
+    # -- rights ---------------------------------------------------------------------------------
+
+    cdef uint8_t rights_of(self, source_t *source, msg_t *message) noexcept nogil:
+        """The number of whoever sent `message`; what proves it comes with the connection, not with the frame."""
+        cdef const char *text
+        cdef uint64_t number = 0
+        cdef int i
+        if source.peers == BY_NUMBER:
+            return source.rights
+        text = msg_gets(message, b"Peer-Address" if source.peers == BY_UID else b"User-Id")
+        if text == NULL:
+            return NOBODY
+        if source.peers == BY_UID:
+            # host:uid:gid:pid
+            while text[0] and text[0] != 58:
+                text += 1
+            if text[0] == 0:
+                return NOBODY
+            text += 1
+        if not 48 <= text[0] <= 57:
+            return NOBODY
+        while 48 <= text[0] <= 57 and number <= 0xffffffffu:
+            number = number * 10 + (text[0] - 48)
+            text += 1
+        if source.peers == BY_USER_ID:
+            return <uint8_t>number if text[0] == 0 and 0 < number <= <uint64_t>self.n_rights else NOBODY
+        if text[0] != 58:
+            return NOBODY
+        for i in range(self.n_uids):
+            if self.uids[i] == number:
+                return self.uid_rights[i]
+        return NOBODY
+
+    cdef inline bint knows_new(self, uint8_t rights) noexcept nogil:
+        """Whether an event type never seen before may be one that `rights` allow."""
+        return rights != NOBODY and self.rights[rights - 1].wild
+
+    cdef bint may(self, uint8_t rights, uint16_t topic) noexcept nogil:
+        cdef uint8_t *verdict
+        if rights == NOBODY:
+            return False
+        verdict = &self.rights[rights - 1].verdict[topic]
+        if verdict[0] == 0:
+            with gil:
+                verdict[0] = self._judge(rights, topic)
+        return verdict[0] == ALLOWED
+
+    cdef uint8_t _judge(self, uint8_t rights, uint16_t topic) noexcept:
+        try:
+            return ALLOWED if self.policy.may_publish(rights, self.ring.topics.name(topic)) else REFUSED
+        except BaseException:
+            return REFUSED
+
+    cdef uint32_t sieve(self, uint8_t rights, uint32_t skip, uint64_t first) noexcept nogil:
+        """Take the scanned events from number `skip` on that `rights` do not cover out of the items.
+
+        Returns how many; their ranges, numbered from `first`, are in `refused` afterwards.
+        """
+        cdef uint32_t i = skip, kept = skip, begun
+        cdef bint fresh = False
+        while i < self.items.n:
+            begun = i
+            while i < self.items.n and not self.may(rights, self.items.v[i].topic):
+                i += 1
+            if i > begun:
+                with gil:
+                    if not fresh:
+                        fresh = True
+                        self.refused = []
+                    self.refused.append((first + begun - skip, first + i - 1 - skip, DENIED))
+            if i < self.items.n:
+                self.items.v[kept] = self.items.v[i]
+                kept += 1
+                i += 1
+        i = self.items.n - kept
+        self.items.n = kept
+        return i
+
+    cdef bint within_rate(self, uint8_t rights, uint32_t events) noexcept nogil:
+        """Whether a frame of so many events may pass now; if so it is charged."""
+        cdef rights_t *r
+        cdef int64_t now
+        if rights == NOBODY or self.rights[rights - 1].rate <= 0:
+            return True
+        r = &self.rights[rights - 1]
+        now = monotonic_us()
+        r.tokens = min(r.rate, r.tokens + r.rate * (now - r.filled_us) / 1e6)
+        r.filled_us = now
+        if r.tokens <= 0:
+            return False
+        r.tokens -= events
+        return True
+
+    cdef bint judge_frame(self, source_t *source, entry_t *entry, uint8_t rights) noexcept nogil:
+        """Apply `rights` to the scanned events of an unnumbered frame; False when the entry is dealt with."""
+        cdef uint32_t n = self.items.n, denied
+        cdef uint8_t code = DENIED
+        if self.within_rate(rights, n):
+            denied = self.sieve(rights, 0, 1)
+        else:
+            denied = n
+            code = RATE
+        if denied == 0:
+            return True
+        entry.count = denied
+        entry.code = code
+        self.sample_refused(&source.sampled_us, entry.data, entry.size, rights, code)
+        if denied < n:
+            return True
+        self.ring.release(entry)
+        entry.kind = REJECT
+        entry.size = 0
+        entry.items = &entry.one
+        self.ring.publish(entry)
+        return False
+
+    cdef void sample_refused(self, int64_t *at, const uint8_t *data, size_t size, uint8_t rights, uint8_t code) noexcept nogil:
+        cdef int64_t now = monotonic_us()
+        if at[0] and now - at[0] < SAMPLE_US:
+            return
+        at[0] = now
+        with gil:
+            who = self.policy.name(rights)
+            why = "publishes faster than its rate" if code == RATE else "may not publish one of these event types"
+            self._sample(data, size, f"{wire.REASONS[code].removeprefix('ingest.')}: {who} {why}")
 
     cdef bint handle(self, uint64_t route, msg_t *message) noexcept nogil:
         """Act on one protocol frame; True when the ring took the message over."""
@@ -577,7 +842,7 @@ cdef class Ingest:
         kind = p[0]
         if kind == W_HELLO:
             with gil:
-                self._hello(route, p, size)
+                self._hello(route, p, size, self.rights_of(&self.sources[route >> 32], message))
             return False
         session = self.session_at(route)
         if session == NULL:
@@ -596,9 +861,7 @@ cdef class Ingest:
             self.raise_highest(account, get64(p + HEAD))
             self.reply(route, p, W_PONG, NULL, 0)
         elif kind == W_BYE:
-            session.route = 0
-            self.n_sessions -= 1
-            session[0] = self.sessions[self.n_sessions]
+            self.end_session(session)
         else:
             self.nack(route, p, account.accepted + 1, NACK_UNKNOWN)
         return False
@@ -612,8 +875,7 @@ cdef class Ingest:
         self.swept_us = now
         while i < self.n_sessions:
             if now - self.sessions[i].seen_us > self.silent_us:
-                self.n_sessions -= 1
-                self.sessions[i] = self.sessions[self.n_sessions]
+                self.end_session(&self.sessions[i])
             else:
                 i += 1
 
@@ -624,7 +886,7 @@ cdef class Ingest:
     cdef bint batch(self, session_t *session, producer_t *account, msg_t *message, uint8_t *p, size_t size) noexcept nogil:
         cdef uint64_t base = get64(p + HEAD)
         cdef uint32_t count = get32(p + HEAD + 8)
-        cdef uint32_t skip
+        cdef uint32_t skip, denied = 0
         cdef entry_t *entry
         cdef int n
         if tb_load(&self.stop_reading):
@@ -645,12 +907,20 @@ cdef class Ingest:
         if crc32c_update(0, p + BATCH_HEAD, size - BATCH_HEAD) != get32(p + HEAD + 12):
             self.nack(session.route, p, account.accepted + 1, NACK_CRC)
             return False
+        skip = <uint32_t>(account.accepted + 1 - base)
         entry = self.ring.claim(size)
-        if entry == NULL:
+        if entry == NULL or (session.rights and not self.within_rate(session.rights, count - skip)):
+            # what is too fast is told to wait, not refused: nothing is lost
             self.nack(session.route, p, account.accepted + 1, NACK_BUSY)
             return False
-        skip = <uint32_t>(account.accepted + 1 - base)
+        if session.rights != EVERYTHING:
+            self.ring.topics.closed = not self.knows_new(session.rights)
         n = scan_frame(self.ring.topics, p + BATCH_HEAD, size - BATCH_HEAD, &self.items, self.max_events)
+        self.ring.topics.closed = 0
+        if session.rights != EVERYTHING and n > 0 and <uint32_t>n == count:
+            denied = self.sieve(session.rights, skip, account.accepted + 1)
+            if denied:
+                return self.store_allowed(session, account, message, entry, base + count - 1, denied)
         entry.producer = session.producer
         entry.producer_seq = base + count - 1
         entry.received_us = now_us()
@@ -673,6 +943,41 @@ cdef class Ingest:
         account.accepted = entry.producer_seq
         self.ring.publish(entry)
         return True
+
+    cdef bint store_allowed(self, session_t *session, producer_t *account, msg_t *message, entry_t *entry, uint64_t last,
+                            uint32_t denied) noexcept nogil:
+        """Enter a batch some of whose events the sieve has taken out; the rest is stored as usual."""
+        cdef uint8_t *p = <uint8_t *>msg_data(message)
+        cdef uint32_t kept = <uint32_t>(last - account.accepted) - denied
+        entry.producer = session.producer
+        entry.producer_seq = last
+        entry.received_us = now_us()
+        entry.items = &entry.one
+        entry.count = denied
+        entry.code = DENIED
+        entry.kind = FRAME
+        self.sample_refused(&session.sampled_us, p + BATCH_HEAD, msg_size(message) - BATCH_HEAD, session.rights, DENIED)
+        if kept == 0 or not self.take_items(entry, self.items.n - kept):
+            entry.kind = REJECT
+            entry.count = <uint32_t>(last - account.accepted)
+        with gil:
+            self._refuse_ranges(session.producer, entry)
+        account.accepted = last
+        if entry.kind == FRAME:
+            entry.msg = message[0]
+            entry.has_msg = 1
+            entry.data = <uint8_t *>msg_data(&entry.msg) + BATCH_HEAD
+            entry.size = <uint32_t>msg_size(&entry.msg)
+        self.ring.publish(entry)
+        return entry.kind == FRAME
+
+    cdef void _refuse_ranges(self, uint32_t producer, entry_t *entry) noexcept:
+        for first, last, code in self.refused:
+            self._refuse(producer, first, last, code)
+        if entry.kind == FRAME:
+            Py_INCREF(self.refused)
+            entry.refused = <PyObject *>self.refused
+        self.refused = []
 
     cdef void gap(self, session_t *session, producer_t *account, uint8_t *p) noexcept nogil:
         cdef uint64_t first = get64(p + HEAD), last = get64(p + HEAD + 8)
@@ -705,9 +1010,8 @@ cdef class Ingest:
         self.rejects.setdefault(producer, []).append((first, last, code))
         self.n_rejects += 1
 
-    cdef void _hello(self, uint64_t route, uint8_t *p, size_t size) noexcept:
+    cdef void _hello(self, uint64_t route, uint8_t *p, size_t size, uint8_t rights) noexcept:
         cdef session_t *session = NULL
-        cdef int i
         cdef uint8_t reply[25]
         cdef uint64_t durable
         cdef uint32_t credit, credit_bytes, index
@@ -722,6 +1026,12 @@ cdef class Ingest:
             if size > HEAD + 8:
                 about = msgspec.msgpack.decode(PyBytes_FromStringAndSize(<char *>p + HEAD + 8, size - HEAD - 8))
                 source = str(about.get("source", ""))[:100]
+            known = (PyBytes_FromStringAndSize(<char *>p + 4, 16), get64(p + 20)) in self.ring.identities
+            if not known and rights == NOBODY:
+                self.strangers += 1
+            if self.strangers > MAX_STRANGERS and not known and rights == NOBODY:
+                self.nack(route, p, 0, NACK_BUSY)
+                return
             found = self.ring.producer(PyBytes_FromStringAndSize(<char *>p + 4, 16), get64(p + 20), source)
             if found < 0:
                 self.nack(route, p, 0, NACK_BUSY)
@@ -729,22 +1039,26 @@ cdef class Ingest:
             index = found
             self.raise_highest(self.ring.producers[index], get64(p + HEAD))
             self.ring.books[found].seen_at = time.time()
-            for i in range(self.n_sessions):
-                if self.sessions[i].producer == index:
-                    session = &self.sessions[i]
-                    break
-            if session == NULL:
-                # a connection speaks for one producer: the last one it introduced
-                session = self.session_at(route)
-            if session == NULL:
-                if self.n_sessions >= MAX_SESSIONS:
+            session = self.session_at(route)
+            if session != NULL and session.producer != index:
+                # one connection carries one producer
+                self.end_session(session)
+            if self.session_of[index]:
+                session = &self.sessions[self.session_of[index] - 1]
+                self.lead_nowhere(session.route)
+            else:
+                if self.n_sessions >= self.max_sessions:
                     self.nack(route, p, 0, NACK_BUSY)
                     return
                 session = &self.sessions[self.n_sessions]
                 self.n_sessions += 1
+                session.sampled_us = 0
             session.route = route
             session.producer = index
+            session.rights = rights
             session.seen_us = monotonic_us()
+            self.session_of[index] = <uint32_t>(session - self.sessions) + 1
+            self.lead_to(route, <uint32_t>(session - self.sessions))
             durable = <uint64_t>tb_load(&self.ring.producers[index].durable)
             session.told_durable = <int64_t>durable
             session.owes_ack = 0
@@ -834,11 +1148,13 @@ cdef class Ingest:
     cdef void _ack_with_rejects(self, session_t *session, uint8_t *head, int64_t durable, uint32_t credit, uint32_t credit_bytes) noexcept:
         cdef bytes body
         waiting = self.rejects.get(session.producer, [])
-        # a refused range is told together with the acknowledgement that covers it, three a frame
+        # a refused range is told together with the first acknowledgement that covers it, three a frame
         covered = [each for each in waiting if each[1] <= durable]
         for first in range(0, len(covered) or 1, 3):
             told = covered[first:first + 3]
-            body = wire.S_ACK.pack(durable, credit, credit_bytes, len(told))
+            # no negative index here: this module is compiled without wraparound
+            upto = told[2][1] if first + 3 < len(covered) else durable
+            body = wire.S_ACK.pack(upto, credit, credit_bytes, len(told))
             for each in told:
                 body += wire.S_REJECT.pack(*each)
             self.reply(session.route, head, W_ACK, <uint8_t *>PyBytes_AS_STRING(body), len(body))

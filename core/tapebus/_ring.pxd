@@ -30,7 +30,7 @@ cdef struct msg_t:
 ctypedef int (*close_fn)(msg_t *) noexcept nogil
 
 cdef enum:
-    FRAME = 0         # events
+    FRAME = 0         # events; `count` more of the frame were refused for reason `code`
     GAP = 1           # the producer dropped `count` events at place `code`
     REJECT = 2        # the bus refused `count` events for reason `code`
     N_CODES = 8
@@ -56,6 +56,7 @@ cdef struct entry_t:
     uint32_t size
     int64_t received_us
     PyObject *unit
+    PyObject *refused     # list of the ranges (first, last, code) that `count` sums up, or NULL; a strong reference
     uint64_t producer_seq
     uint32_t producer
     uint32_t count
@@ -117,3 +118,4 @@ cdef class Ring:
     cdef mail_t *take_mail(self) noexcept nogil
     cdef void release(self, entry_t *entry) noexcept nogil
     cdef _note_gap(self, entry_t *entry)
+    cdef _note_refused(self, entry_t *entry)

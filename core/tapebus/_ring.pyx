@@ -75,6 +75,7 @@ cdef class Ring:
         if self.entries != NULL:
             while self.tail < self.head:
                 Py_XDECREF(self.entries[self.tail & self.mask].unit)
+                Py_XDECREF(self.entries[self.tail & self.mask].refused)
                 self.release(&self.entries[self.tail & self.mask])
                 self.tail += 1
         while self.mail_first != NULL:
@@ -387,13 +388,20 @@ cdef class Ring:
                 account = self.producers[entry.producer]
                 if entry.kind == FRAME:
                     account.stored += entry.n
+                    if entry.count:
+                        # events of the same frame that its producer may not publish
+                        account.rejected[entry.code] += entry.count
+                        if entry.refused != NULL:
+                            with gil:
+                                self._note_refused(entry)
                 else:
                     if entry.kind == GAP:
                         account.dropped[entry.code] += entry.count
                     else:
                         account.rejected[entry.code] += entry.count
-                    with gil:
-                        self._note_gap(entry)
+                    if account.sequenced:
+                        with gil:
+                            self._note_gap(entry)
                 if account.sequenced:
                     account.watermark = entry.producer_seq
                 else:
@@ -411,6 +419,13 @@ cdef class Ring:
             self.books[index].last_bus_seq = self.next_seq - 1
             self.books[index].seen_at = received
         return changed
+
+    cdef _note_refused(self, entry_t *entry):
+        ranges = <list>entry.refused
+        Py_XDECREF(entry.refused)
+        entry.refused = NULL
+        for first, last, code in ranges:
+            self.books[entry.producer].note_gap(Gap(first, last, REASONS[code], entry.received_us / 1e6))
 
     cdef _note_gap(self, entry_t *entry):
         names = PLACES if entry.kind == GAP else REASONS

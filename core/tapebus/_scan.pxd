@@ -56,6 +56,7 @@ cdef class Topics:
         uint32_t alias_mask
         uint32_t n_aliases
         int count
+        uint8_t closed                  # set by the ingest thread while it scans for one who may add no name
     cdef uint16_t find(self, const uint8_t *name, size_t size, bint add) noexcept nogil
     cdef bint is_alias(self, uint16_t topic, uint32_t key) noexcept nogil
 

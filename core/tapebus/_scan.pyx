@@ -78,7 +78,7 @@ cdef class Topics:
                 return t
             i = (i + 1) & (MAX_TOPICS * 2 - 1)
             t = self.slots[i]
-        if not add or self.count >= MAX_TOPICS - 1:
+        if not add or self.closed or self.count >= MAX_TOPICS - 1:
             return 0
         t = self.count + 1
         self.names[t] = <uint8_t *>malloc(size)

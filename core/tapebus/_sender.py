@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import zmq
@@ -22,6 +22,9 @@ from tapebus._blocks import crc32c
 from tapebus._outbox import Outbox
 from tapebus.failpoints import failpoint
 from tapebus.spool import Spool, new_epoch
+
+if TYPE_CHECKING:
+    from tapebus.curve import Keys
 
 _log = logging.getLogger("tapebus.publisher")
 
@@ -77,7 +80,9 @@ class Sender:
         spool: Spool | None = None,
         sync_s: float = 0.0,
         orphans: Sequence[Spool] = (),
+        keys: Keys | None = None,
     ) -> None:
+        self._keys = keys
         self.outbox, self.source, self.endpoint = outbox, source, endpoint
         self.batch_size, self.batch_timeout = batch, linger_s
         self.producer_id, self.epoch = ident
@@ -194,6 +199,10 @@ class Sender:
             (zmq.MAXMSGSIZE, wire.MAX_FRAME),
         ):
             sock.setsockopt(option, value)
+        if self._keys is not None:
+            from tapebus.curve import as_client
+
+            as_client(sock, self._keys)
         self._monitor = sock.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         sock.connect(self.endpoint)
         self._in_flight.clear()

@@ -13,7 +13,6 @@ import stat
 import tempfile
 import tomllib
 from collections.abc import Iterator, Mapping
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
@@ -21,6 +20,9 @@ import msgspec
 from msgspec import Meta, Struct
 
 from tapebus.errors import ConfigError
+from tapebus.limits import MIN_MEMORY_MB
+from tapebus.redaction import register
+from tapebus.security import Identity, Security, check_security, is_loopback
 
 #: Room for a socket's name below the 108 bytes of ``sun_path`` (104 on macOS).
 IPC_PATH_LIMIT = 100
@@ -32,6 +34,7 @@ _NotNegative = Annotated[float, Meta(ge=0)]
 class Bus(Struct, frozen=True, forbid_unknown_fields=True):
     """``[bus]``: durations are seconds, ``ring_bytes`` is bytes, ``max_batch`` events per unit of work.
 
+    ``memory_limit_mb`` bounds the memory of the whole process as a last resort, 0 does not.
     ``unknown_types`` says what becomes of an event type nobody registered; ``stats_s`` 0 turns the
     periodic log line off. ``start_s`` bounds each step of a plugin's start. A bus whose inline consumer stands
     still for ``hang_exit_s`` ends, to be started again without it; 0 never.
@@ -51,11 +54,13 @@ class Bus(Struct, frozen=True, forbid_unknown_fields=True):
     hang_exit_s: _NotNegative = 60.0
     spool_dir: str = ""
     spool_reap_s: _NotNegative = 10.0
+    memory_limit_mb: Annotated[int, Meta(ge=0)] = 0
 
 
 class Listen(Struct, frozen=True, forbid_unknown_fields=True):
-    """``[listen]``: endpoints to bind, loopback ``tcp://`` or ``ipc://``; an empty one means its default.
+    """``[listen]``: endpoints to bind, ``tcp://`` or ``ipc://``; an empty one means its default.
 
+    What listens beyond this machine needs keys, see `Security`.
     A port that another program uses is waited for at a start, at most ``wait_s`` seconds.
     """
 
@@ -105,6 +110,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     feed: Feed = Feed()
     plugins: Plugins = msgspec.field(default_factory=Plugins)
     sources: list[Source] = []
+    security: Security = Security()
 
     @classmethod
     def load(
@@ -130,6 +136,11 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
         config = _convert(raw)
         _check_endpoints(config)
         _check_sources(config)
+        if 0 < config.bus.memory_limit_mb < MIN_MEMORY_MB:
+            raise ConfigError(
+                f"bus.memory_limit_mb = {config.bus.memory_limit_mb}: the bus needs {MIN_MEMORY_MB}; 0 sets no limit"
+            )
+        check_security(config.security, _exposed(config))
         return config
 
     @classmethod
@@ -160,11 +171,17 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def acked_endpoints(self) -> list[str]:
         """Endpoints of the acknowledged ingest."""
+        own = f"ipc://{self.runtime_dir / 'ingest.sock'}"
         given = [self.listen.acked] if isinstance(self.listen.acked, str) else self.listen.acked
-        return [each for each in given if each] or [
-            "tcp://127.0.0.1:5572",
-            f"ipc://{self.runtime_dir / 'ingest.sock'}",
-        ]
+        found = [each for each in given if each] or ["tcp://127.0.0.1:5572", own]
+        # what runs beside the bus must reach it without a key
+        return found if any(is_loopback(each) for each in found) else [*found, own]
+
+    @property
+    def own_endpoint(self) -> str:
+        """The acknowledged ingest for this user's own programs: an ipc socket where there is one."""
+        local = [each for each in self.acked_endpoints if is_loopback(each)]
+        return next((each for each in local if each.startswith("ipc:")), local[0])
 
     @property
     def control_endpoint(self) -> str:
@@ -185,7 +202,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def make_private(directory: Path) -> None:
-    """Make `directory` exist with mode 0700, owned by this user."""
+    """Make `directory` exist with mode 0700, owned by this user and no symbolic link."""
     try:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         found = directory.lstat()
@@ -193,11 +210,15 @@ def make_private(directory: Path) -> None:
         raise ConfigError(
             f"bus.data_dir = {str(directory)!r}: cannot create it: {error.strerror}; choose another with --data-dir"
         ) from None
-    if not stat.S_ISDIR(found.st_mode) and not directory.is_dir():
+    if stat.S_ISLNK(found.st_mode):
+        raise ConfigError(
+            f"bus.data_dir: {directory} is a symbolic link, which may be turned: give its target {directory.resolve()}"
+        )
+    if not stat.S_ISDIR(found.st_mode):
         raise ConfigError(f"bus.data_dir = {str(directory)!r}: not a directory; choose another with --data-dir")
-    if directory.stat().st_uid != os.getuid():
+    if found.st_uid != os.getuid():
         raise ConfigError(f"{directory}: belongs to another user (uid {found.st_uid}); choose another with --data-dir")
-    if stat.S_IMODE(directory.stat().st_mode) & 0o077:
+    if stat.S_IMODE(found.st_mode) & 0o077:
         directory.chmod(0o700)
 
 
@@ -209,31 +230,38 @@ def read_secret(value: Any, key: str = "secret") -> str:
     if not isinstance(value, Mapping) or len(value) != 1 or not {"file", "env"} & set(value):
         raise ConfigError(f'{key}: a secret is given as {{ file = "…" }} or {{ env = "…" }}, never in the file itself')
     if "env" in value:
-        secret = os.environ.get(str(value["env"]), "")
+        secret = os.environ.get(str(value["env"]), "").strip()
         if not secret:
             raise ConfigError(f"{key}.env: the variable {value['env']!r} is not set")
-        return secret.strip()
-    path = Path(str(value["file"])).expanduser()
-    try:
-        if stat.S_IMODE(path.stat().st_mode) & 0o077:
-            raise ConfigError(f"{key}.file: {path} is readable by others; run `chmod 600 {path}`")
-        return path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{key}.file: cannot read {path}: {error}") from None
+    else:
+        secret = read_private(Path(str(value["file"])).expanduser(), f"{key}.file").strip()
+    register(secret)
+    return secret
 
 
-def is_loopback(endpoint: str) -> bool:
-    """Whether a bind to `endpoint` is reachable from this machine only."""
-    scheme, _, rest = endpoint.partition("://")
-    if scheme != "tcp":
-        return scheme in ("ipc", "inproc")
-    host = rest.rpartition(":")[0].strip("[]")
-    if host.lower() == "localhost":
-        return True
+def read_private(path: Path, key: str) -> str:
+    """The text of a small file that belongs to this user (or root) and that nobody else can read.
+
+    `key` names it in messages, which never repeat its content. Raises `ConfigError`.
+    """
     try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return False
+        # O_NONBLOCK: a named pipe put there by mistake must not hang the start
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise ConfigError(f"{key}: cannot read {path}: {error.strerror}") from None
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise ConfigError(f"{key}: {path} is not a regular file")
+        if stat.S_IMODE(found.st_mode) & 0o077:
+            raise ConfigError(f"{key}: {path} is readable by others; run `chmod 600 {path}`")
+        if found.st_uid not in (os.getuid(), 0):
+            raise ConfigError(f"{key}: {path} belongs to another user (uid {found.st_uid}); make a copy of your own")
+        return os.read(descriptor, 65536).decode("utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError(f"{key}: {path} is not text") from None
+    finally:
+        os.close(descriptor)
 
 
 # -- reading ------------------------------------------------------------------------------------
@@ -350,6 +378,11 @@ def _refuse_unknown(value: Any, kind: type[Struct], path: str) -> None:
         elif key == "sources" and not path and isinstance(item, list):
             for index, source in enumerate(item):
                 _refuse_unknown(source, Source, f"sources[{index}].")
+        elif key == "security" and not path:
+            _refuse_unknown(item, Security, "security.")
+        elif key == "identities" and path == "security." and isinstance(item, list):
+            for index, identity in enumerate(item):
+                _refuse_unknown(identity, Identity, f"security.identities[{index}].")
 
 
 def _all_keys() -> Iterator[str]:
@@ -396,22 +429,23 @@ def _check_endpoints(config: Config) -> None:
     for key, endpoint in named:
         if not endpoint and key in ("listen.acked", "listen.control"):
             continue
-        _check_bind(key, endpoint)
+        _check_form(key, endpoint)
         if endpoint in taken and not endpoint.endswith((":0", ":*")):
             raise ConfigError(f"{key} = {endpoint!r}: already used by {taken[endpoint]}; choose another port")
         taken[endpoint] = key
     control = config.listen.control
-    if control and not control.startswith("ipc://"):
-        raise ConfigError(f"listen.control = {control!r}: must be an ipc:// endpoint, which only its owner can reach")
-
-
-def _check_bind(key: str, endpoint: str) -> None:
-    _check_form(key, endpoint)
-    if not is_loopback(endpoint):
+    if control and not control.startswith("ipc:///"):
         raise ConfigError(
-            f"{key} = {endpoint!r}: refusing to listen beyond this machine; "
-            f"nearest valid: 'tcp://127.0.0.1:{endpoint.rpartition(':')[2]}'"
+            f"listen.control = {control!r}: must be ipc:// and an absolute path, which only its owner can reach"
         )
+
+
+def _exposed(config: Config) -> Iterator[tuple[str, str]]:
+    """Every (key, endpoint) that would listen beyond this machine."""
+    bound = [("listen.feed", config.listen.feed), ("listen.ingest", config.listen.ingest)]
+    bound += [("listen.acked", each) for each in config.acked_endpoints]
+    bound += [(f"sources[{index}].bind", source.bind) for index, source in enumerate(config.sources)]
+    yield from ((key, endpoint) for key, endpoint in bound if endpoint and not is_loopback(endpoint))
 
 
 def _check_form(key: str, endpoint: str) -> None:
@@ -435,6 +469,6 @@ def _check_sources(config: Config) -> None:
         if bool(source.connect) == bool(source.bind):
             raise ConfigError(f"{place} ({source.name}): give either connect or bind")
         if source.bind:
-            _check_bind(f"{place}.bind", source.bind)
+            _check_form(f"{place}.bind", source.bind)
         else:
             _check_form(f"{place}.connect", source.connect)

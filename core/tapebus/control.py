@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable
 from math import ceil
@@ -15,9 +16,35 @@ import zmq
 
 from tapebus.config import Config
 from tapebus.errors import BusNotRunning, TapebusError
+from tapebus.redaction import redact
 
 log = logging.getLogger("tapebus.control")
 RETRY_S = 5.0
+
+
+class Request(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """What may be asked; anything else is refused."""
+
+    cmd: str
+    consumer: str = ""
+    ids: list[int] = []
+
+
+_NOT_YOURS = msgspec.json.encode({"error": f"this bus belongs to uid {os.getuid()}: ask as that user"})
+
+
+def _is_owner(frame: Any) -> bool:
+    """Whether the peer runs as this user, as far as the system tells (Linux does)."""
+    try:
+        peer = str(frame.get("Peer-Address")).split(":")
+    except zmq.ZMQError:
+        return sys.platform != "linux"
+    if len(peer) != 4 or not peer[1].isdigit():
+        return sys.platform != "linux"
+    if int(peer[1]) != os.getuid():
+        log.warning("refused a request of uid %s (pid %s)", peer[1], peer[3])
+        return False
+    return True
 
 
 def request(config: Config, message: dict[str, Any], timeout: float = 2.0) -> dict[str, Any]:
@@ -69,6 +96,7 @@ class Control(threading.Thread):
         self._socket = context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 200)
         self._socket.setsockopt(zmq.MAXMSGSIZE, 64 << 10)
+        self._socket.setsockopt(zmq.HANDSHAKE_IVL, 3000)
         bind(self._socket, endpoint, "listen.control")
         self._bell_read, self._bell_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
@@ -92,11 +120,12 @@ class Control(threading.Thread):
             return RETRY_S
 
     def _serve(self) -> None:
-        identity, *parts = self._socket.recv_multipart()
+        identity, *parts = self._socket.recv_multipart(copy=False)
         if len(parts) == 1:
+            answer = self._answer(parts[0].bytes) if _is_owner(parts[0]) else _NOT_YOURS
             # a client that is gone, or asks without reading, gets no answer
             with contextlib.suppress(zmq.ZMQError):
-                self._socket.send_multipart((identity, self._answer(parts[0])), zmq.DONTWAIT)
+                self._socket.send_multipart((identity.bytes, answer), zmq.DONTWAIT)
 
     def discard(self) -> None:
         """Release the socket and the bell; for a thread that has ended or never started."""
@@ -112,13 +141,15 @@ class Control(threading.Thread):
 
     def _answer(self, frame: bytes) -> bytes:
         try:
-            message = msgspec.json.decode(frame, type=dict[str, Any])
-            handler = self._handlers.get(str(message.get("cmd")))
+            asked = msgspec.json.decode(frame, type=Request)
+            handler = self._handlers.get(asked.cmd)
             if handler is None:
                 return msgspec.json.encode({"error": f"unknown command; known: {', '.join(sorted(self._handlers))}"})
-            return msgspec.json.encode(handler(message))
+            answer = msgspec.json.encode(handler(msgspec.to_builtins(asked)))
         except Exception as error:
-            return msgspec.json.encode({"error": f"{type(error).__name__}: {error}"})
+            answer = msgspec.json.encode({"error": f"{type(error).__name__}: {error}"})
+        # figures and last errors come from plugins as well
+        return redact(answer.decode()).encode()
 
     def stop(self) -> None:
         """Let the thread end; the caller joins it."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import zmq
@@ -12,17 +13,34 @@ import zmq
 from tapebus._scan import JSON_FLAG
 from tapebus.backlog import Backlog
 from tapebus.dispatcher import Slice
-from tapebus.errors import TapebusError
+from tapebus.errors import ConfigError, TapebusError
+from tapebus.security import granted, is_loopback
+
+if TYPE_CHECKING:
+    from tapebus.curve import Door
 from tapebus.failpoints import failpoint
 
 #: Events waiting for the feed thread; beyond it the oldest are dropped, which a subscriber sees by ``bus_seq``.
 CAPACITY = 65_536
+#: Bytes of a subscription; topics are shorter.
+MAX_SUBSCRIPTION = 1024
 
 
 class Feed(threading.Thread):
-    """Lossy by nature: a slow subscriber loses messages at its high-water mark and slows nobody."""
+    """Lossy by nature: a slow subscriber loses messages at its high-water mark and slows nobody.
 
-    def __init__(self, context: zmq.Context[Any], endpoint: str, prefix: str, hwm: int) -> None:
+    `allowed` gives, for the frame of a subscription, the event types its sender may read, None for all.
+    """
+
+    def __init__(
+        self,
+        context: zmq.Context[Any],
+        endpoint: str,
+        prefix: str,
+        hwm: int,
+        allowed: Callable[[Any], Sequence[str] | None] | None = None,
+        door: Door | None = None,
+    ) -> None:
         super().__init__(name="tapebus-feed", daemon=True)
         self._prefix = f"{prefix}." if prefix else ""
         self.backlog = Backlog(CAPACITY, 0, 0, None, lossy=True)
@@ -30,6 +48,14 @@ class Feed(threading.Thread):
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.SNDHWM, hwm)
         self._socket.setsockopt(zmq.XPUB_VERBOSER, 1)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_SUBSCRIPTION)
+        self._socket.setsockopt(zmq.HANDSHAKE_IVL, 3000)
+        self._allowed = allowed
+        if allowed is not None:
+            # a subscription then counts only once it is granted
+            self._socket.setsockopt(zmq.XPUB_MANUAL, 1)
+        if door is not None:
+            door.guard(self._socket, "subscribe")
         bind(self._socket, endpoint, "listen.feed")
         self._subscriptions: dict[bytes, int] = {}
         self._bell_read, self._bell_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -69,11 +95,14 @@ class Feed(threading.Thread):
     def _read_subscriptions(self) -> None:
         while True:
             try:
-                message = self._socket.recv(zmq.DONTWAIT)
+                frame = self._socket.recv(zmq.DONTWAIT, copy=False)
             except zmq.Again:
                 return
+            message = frame.bytes
             if not message or message[0] > 1:
                 continue
+            if self._allowed is not None:
+                self._grant(frame, message[0] == 1, message[1:])
             topic = message[1:]
             count = self._subscriptions.get(topic, 0) + (1 if message[0] else -1)
             subscriptions = dict(self._subscriptions)
@@ -82,6 +111,14 @@ class Feed(threading.Thread):
             else:
                 subscriptions.pop(topic, None)
             self._subscriptions = subscriptions
+
+    def _grant(self, frame: Any, wanted: bool, topic: bytes) -> None:
+        """Subscribe the sender of `frame` to what it may read of `topic`, or unsubscribe it."""
+        assert self._allowed is not None
+        option = zmq.SUBSCRIBE if wanted else zmq.UNSUBSCRIBE
+        # at the end of a connection its subscriptions are taken back without one
+        for each in granted(topic, self._prefix, self._allowed(frame)):
+            self._socket.setsockopt(option, each)
 
     def _send(self, piece: Slice) -> None:
         wanted = tuple(self._subscriptions)
@@ -124,10 +161,16 @@ def as_published(event: Any, piece: Slice) -> bytes:
 
 
 def bind(socket: Any, endpoint: str, key: str) -> None:
-    """Bind, or say in one line which port is taken."""
+    """Bind, or say in one line which port is taken. What is not guarded must have become loopback."""
+    if "[" in endpoint:
+        socket.setsockopt(zmq.IPV6, 1)
     try:
         socket.bind(endpoint)
     except zmq.ZMQError as error:
         raise TapebusError(
             f"{key}: cannot listen on {endpoint}: {error.strerror}; stop the other program or configure another port"
         ) from None
+    found = socket.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()
+    if not is_loopback(found) and socket.getsockopt(zmq.MECHANISM) != zmq.CURVE:
+        socket.unbind(found)
+        raise ConfigError(f"{key}: {endpoint} is {found}, beyond this machine; write the address in numbers")

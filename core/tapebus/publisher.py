@@ -12,13 +12,17 @@ import uuid
 import weakref
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tapebus import spool as spools
 from tapebus import wire
 from tapebus._outbox import Emitter, Outbox
 from tapebus._sender import Sender, after_fork
 from tapebus.errors import UsageError
+from tapebus.security import is_loopback
+
+if TYPE_CHECKING:
+    from tapebus.curve import Keys
 
 _EXIT_BUDGET_S = 0.2  # the most that atexit may add to the life of a process
 
@@ -40,6 +44,9 @@ class Publisher(Emitter):
     no spool the publisher says so in the log and in ``stats()["spool"]``, and keeps the events in memory. Defaults:
     ``TAPEBUS_ENDPOINT``, ``TAPEBUS_SPOOL``, ``TAPEBUS_SPOOL_DIR``, then ``tcp://127.0.0.1:5572``, memory, and
     ``tapebus/spool`` in the user's state directory.
+
+    A bus on another machine asks for a key: `key`, else ``TAPEBUS_KEY``, is the file that ``tapebus keygen
+    NAME --server BUS.key`` has written; an unusable one raises `ConfigError` here and nowhere later.
     """
 
     def __init__(
@@ -51,6 +58,7 @@ class Publisher(Emitter):
         capacity_events: int = 65536,
         capacity_bytes: int = 16 << 20,
         *,
+        key: str | os.PathLike[str] | None = None,
         spool: str | None = None,
         spool_dir: str | os.PathLike[str] | None = None,
         spool_sync_ms: float = 50,
@@ -71,6 +79,11 @@ class Publisher(Emitter):
         self.endpoint = endpoint or os.environ.get("TAPEBUS_ENDPOINT") or wire.DEFAULT_ENDPOINT
         self.batch_size, self.batch_timeout_ms = batch_size, batch_timeout_ms
         self._capacity = capacity_events, capacity_bytes
+        self._keys: Keys | None = None
+        if chosen := key or os.environ.get("TAPEBUS_KEY"):
+            from tapebus.curve import client_keys
+
+            self._keys = client_keys(chosen) if key or not is_loopback(self.endpoint) else None
         self._starting = threading.Lock()
         self._sender: Sender | None = None
         self._orphans: list[spools.Spool] = []
@@ -131,6 +144,7 @@ class Publisher(Emitter):
                     spool=self._spool,
                     sync_s=self._sync_s,
                     orphans=self._orphans,
+                    keys=self._keys,
                 )
                 sender.thread.start()
                 self._sender, self.wake_fd = sender, sender.writer
@@ -159,6 +173,11 @@ class Publisher(Emitter):
         if sender is None or not sender.wait_for(number + 1, timeout):
             return False
         return sender.durable and not sender.refused(number)
+
+    @property
+    def local(self) -> bool:
+        """Whether the bus is on this machine and asks for no key."""
+        return self._keys is None and is_loopback(self.endpoint)
 
     def flush(self, timeout: float = 5.0) -> bool:
         """Wait at most `timeout` seconds; ``True`` when everything published before the call is on disk."""

@@ -19,13 +19,14 @@ from typing import Any
 import msgspec
 import zmq
 
-from tapebus import books, failpoints, plugins, ports
+from tapebus import books, failpoints, plugins, ports, versions
 from tapebus._ingest import Ingest
 from tapebus._ring import Ring
 from tapebus._scan import Topics
 from tapebus.codec import Codec
 from tapebus.config import Config
 from tapebus.control import Control
+from tapebus.curve import Door, peers_rights, server_keys
 from tapebus.deadline import Overdue, within
 from tapebus.dispatcher import Dispatcher
 from tapebus.errors import StoreError, StoreFull, TapebusError
@@ -37,6 +38,7 @@ from tapebus.judge import NAME as JUDGE
 from tapebus.judge import Judge
 from tapebus.outlets import ThreadConsumer
 from tapebus.reaper import Reaper
+from tapebus.security import Rights, peers_of
 from tapebus.spool import default_directory
 from tapebus.statistics import Statistics
 from tapebus.store import Commit, Unit
@@ -89,6 +91,7 @@ class Runtime:
     def _start(self) -> None:
         failpoints.check()
         config = self.config
+        versions.require()
         config.prepare()
         failpoint("start.prepared")
         self.manager = plugins.load(config.plugins.enabled, self._extra, config.bus.start_s)
@@ -115,7 +118,15 @@ class Runtime:
         self._carry_books_over()
         self._own = self.ring.producer(identity("bus"), 0, "tapebus", sequenced=False)
         self._legacy = self.ring.producer(identity(UNSEQUENCED), 0, "unsequenced", sequenced=False)
-        self.ingest = Ingest(self.ring, secrets.randbits(63), self.store is not None, MAX_FRAME)
+        self.rights = Rights(config.security)
+        self.ingest = Ingest(
+            self.ring,
+            secrets.randbits(63),
+            self.store is not None,
+            MAX_FRAME,
+            max_sessions=config.security.max_sessions,
+        )
+        self.ingest.restrict(self.rights)
         self.ingest.samples = self._sample
         self._wire_threads(last_seq)
         failpoint("start.wired")
@@ -206,15 +217,22 @@ class Runtime:
         self._closing.append(self._zmq.term)
         bound = [config.listen.feed, config.listen.ingest, *config.acked_endpoints, *(s.bind for s in config.sources)]
         ports.wait_until_free(filter(None, bound), config.listen.wait_s, self._stopped_within)
+        self.door: Door | None = None
+        if config.security.key:
+            self.door = Door(self._zmq, server_keys(config.security.key), self.rights)
+            self._closing.append(self.door.close)
+            self.door.open()
         umask = os.umask(0o077)
         try:
-            if config.listen.ingest:
-                self.ingest.add(self._socket(zmq.PULL, config.listen.ingest, "listen.ingest"), self._legacy)
+            if (endpoint := config.listen.ingest) != "":
+                socket = self._socket(zmq.PULL, endpoint, "listen.ingest")
+                self.ingest.add(socket, self._legacy, peers=peers_of(endpoint))
             for endpoint in config.acked_endpoints:
-                self.ingest.add(self._socket(zmq.ROUTER, endpoint, "listen.acked"), 0, True)
+                socket = self._socket(zmq.ROUTER, endpoint, "listen.acked")
+                self.ingest.add(socket, 0, True, peers=peers_of(endpoint))
             for source in config.sources:
                 self._attach(source)
-            self.feed = Feed(self._zmq, config.listen.feed, config.feed.topic_prefix, config.feed.hwm)
+            self.feed = self._feed()
             self._closing.append(self.feed.discard)
             self.control = Control(
                 self._zmq, config.control_endpoint, self.statistics.handlers(), self.statistics.on_timer
@@ -224,17 +242,16 @@ class Runtime:
             os.umask(umask)
         self.feed.seen_seq = self.first_seq - 1
         self.dispatcher.feed = self.feed
-        local = next((each for each in config.acked_endpoints if each.startswith("ipc:")), config.acked_endpoints[0])
         self.reaper: Reaper | None = None
         if config.bus.spool_reap_s:
             directory = Path(config.bus.spool_dir).expanduser() if config.bus.spool_dir else default_directory()
-            self.reaper = Reaper(directory, config.acked_endpoints, local, config.bus.spool_reap_s)
+            self.reaper = Reaper(directory, config.acked_endpoints, config.own_endpoint, config.bus.spool_reap_s)
         self.processes = [
             ProcessConsumer(
                 plugin,
                 consumer,
                 config,
-                local,
+                config.own_endpoint,
                 start,
                 self.tape.bury,
                 self.tape.purge,
@@ -262,8 +279,36 @@ class Runtime:
         if kind == zmq.ROUTER:
             socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         if key:
-            bind(socket, endpoint, key)
+            self._bind(socket, endpoint, key)
         return socket
+
+    def _bind(self, socket: zmq.Socket[bytes], endpoint: str, key: str) -> None:
+        """Bind an ingest socket, guarded where others than this user may reach it."""
+        if peers_of(endpoint) == "curve":
+            assert self.door is not None, "the configuration was checked"
+            self.door.guard(socket, "publish")
+        bind(socket, endpoint, key)
+        if endpoint.startswith("ipc://") and any(each.uid is not None for each in self.rights.identities):
+            # rights decide who may do what; the directory still decides who gets here
+            os.chmod(endpoint.removeprefix("ipc://"), 0o666)
+
+    def _feed(self) -> Feed:
+        config = self.config
+        peers = peers_of(config.listen.feed)
+        door = self.door if peers == "curve" else None
+        restricted = peers == "curve" or (peers == "ipc" and self.rights.identities) or self.rights.loopback
+
+        def patterns(frame: Any) -> Any:
+            return self.rights.subscribe(peers_rights(frame, peers, self.rights))
+
+        return Feed(
+            self._zmq,
+            config.listen.feed,
+            config.feed.topic_prefix,
+            config.feed.hwm,
+            patterns if restricted else None,
+            door,
+        )
 
     def _attach(self, source: Any) -> None:
         socket = self._socket(zmq.SUB if source.type == "sub" else zmq.PULL, "", "")
@@ -271,12 +316,13 @@ class Runtime:
             for prefix in source.subscribe:
                 socket.setsockopt(zmq.SUBSCRIBE, prefix.encode())
         if source.bind:
-            bind(socket, source.bind, f"sources.{source.name}.bind")
+            self._bind(socket, source.bind, f"sources.{source.name}.bind")
         else:
             socket.connect(source.connect)
         name = source.source or source.name
         producer = self.ring.producer(identity(f"source:{source.name}"), 0, name, sequenced=False)
-        self.ingest.add(socket, producer, False, source.topic, name, source.fields)
+        peers = peers_of(source.bind) if source.bind else "trusted"
+        self.ingest.add(socket, producer, False, source.topic, name, source.fields, peers=peers)
 
     def _run_threads(self) -> None:
         self._ingest_thread = threading.Thread(target=self._run_ingest, name="tapebus-ingest", daemon=True)
@@ -417,7 +463,9 @@ class Runtime:
         return self.statistics.stats()
 
     def _sample(self, frame: bytes, reason: str) -> None:
-        code = "oversize" if reason == "oversize" else "malformed"
+        code = reason.partition(":")[0]
+        if code not in ("oversize", "topic_denied", "rate"):
+            code = "malformed"
         self.tape.bury(DeadLetter("ingest", code, reason, at=time.time(), raw=frame))
 
     def _give_up(self) -> None:
@@ -445,7 +493,7 @@ class Runtime:
             if channel is not None:
                 channel.ready()
                 self.statistics.channel = channel
-            log.info("running on %s (pid %d)", self.config.data_dir, os.getpid())
+            log.info("running on %s (pid %d); %s", self.config.data_dir, os.getpid(), versions.line())
             self._stop_asked.get()
             last_resort = threading.Timer(self.config.bus.drain_s + STOP_GRACE_S, self._give_up)
             last_resort.daemon = True

@@ -212,6 +212,8 @@ class Statistics:
         now = time.monotonic()
         runtime = self._runtime
         bus = runtime.config.bus
+        if runtime.door is not None:
+            runtime.door.mend()
         if now >= self._heartbeat_at:
             self._heartbeat_at = now + bus.heartbeat_s
             if bus.publish_heartbeat:

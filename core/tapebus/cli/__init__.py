@@ -22,6 +22,7 @@ _COMMANDS = {
     "dlq": ("tapebus.cli.dlq", "List, show, replay or purge dead letters."),
     "replay": ("tapebus.cli.replay", "Publish a recorded file."),
     "check": ("tapebus.cli.check", "Check configuration, ports, permissions and the store."),
+    "keygen": ("tapebus.cli.keygen", "Write a CURVE key pair for a bus or a client on another machine."),
     "pm2": ("tapebus.cli.run", "Print an ecosystem.config.js for PM2."),
 }
 
@@ -125,6 +126,10 @@ def cli(ctx: click.Context, config: str | None, data_dir: str | None) -> None:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; every expected error is one line on standard error."""
+    from tapebus.redaction import protect, redact
+
+    if args is None:
+        protect()
     try:
         result = cli.main(args=list(args) if args is not None else None, prog_name="tapebus", standalone_mode=False)
         return result if isinstance(result, int) else 0
@@ -135,10 +140,10 @@ def main(args: Sequence[str] | None = None) -> int:
             # A group without a command: the help is the message.
             click.echo(error.message, err=True)
             return error.exit_code
-        click.echo(f"tapebus: {error.format_message()}", err=True)
+        click.echo(redact(f"tapebus: {error.format_message()}"), err=True)
         return error.exit_code
     except TapebusError as error:
-        click.echo(f"tapebus: {error}", err=True)
+        click.echo(redact(f"tapebus: {error}"), err=True)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
@@ -149,5 +154,5 @@ def main(args: Sequence[str] | None = None) -> int:
         return 1
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        click.echo(f"tapebus: {place}{error.strerror or error}", err=True)
+        click.echo(redact(f"tapebus: {place}{error.strerror or error}"), err=True)
         return 1

@@ -29,8 +29,6 @@ class Finding(NamedTuple):
     exit_code: int = 0
 
 
-#: The oldest releases with what the bus relies on.
-FLOORS = {"pyzmq": (26,), "msgspec": (0, 19), "pluggy": (1, 5), "lmdb": (2, 3), "zstandard": (0, 22), "click": (8, 1)}
 _ROOM = 1 << 30
 
 
@@ -53,7 +51,8 @@ def check(config: Config, books: bool, deep: bool, as_json: bool) -> int:
         return show(config, as_json, deep)
     running = _running(config)
     findings = [Finding("configuration", "ok", f"data in {config.data_dir}")]
-    for part in (_plugins(config), _directories(config), _ports(config, running), _store(config, running), _versions()):
+    parts = (_security(config), _plugins(config), _directories(config), _ports(config, running))
+    for part in (*parts, _store(config, running), _versions()):
         findings += part
     if as_json:
         shown = [{"name": f.name, "status": f.status, "message": f.message} for f in findings]
@@ -74,6 +73,22 @@ def _running(config: Config) -> bool:
     except TapebusError:
         pass
     return True
+
+
+def _security(config: Config) -> Iterator[Finding]:
+    from tapebus.curve import server_keys
+
+    if config.security.key:
+        try:
+            server_keys(config.security.key)
+            names = ", ".join(each.name for each in config.security.identities) or "nobody"
+            yield Finding("security", "ok", f"CURVE beyond this machine; known: {names}")
+        except TapebusError as error:
+            yield Finding("security", "error", str(error), error.exit_code)
+    else:
+        yield Finding("security", "ok", "reachable from this machine only")
+    if os.getuid() == 0:
+        yield Finding("user", "warn", "runs as root: a fault in any plugin has all rights; use a user of its own")
 
 
 def _plugins(config: Config) -> Iterator[Finding]:
@@ -119,14 +134,16 @@ def _rehearsed(config: Config) -> Finding | None:
 def _directories(config: Config) -> Iterator[Finding]:
     for name, directory in (("data directory", config.data_dir), ("runtime dir", config.runtime_dir)):
         try:
-            found = directory.stat()
+            found = directory.lstat()
         except FileNotFoundError:
             yield from _creatable(name, directory)
             continue
         except OSError as error:
             yield Finding(name, "error", f"{directory}: {error.strerror}", 78)
             continue
-        if not stat.S_ISDIR(found.st_mode):
+        if stat.S_ISLNK(found.st_mode):
+            yield Finding(name, "error", f"{directory} is a symbolic link; give its target {directory.resolve()}", 78)
+        elif not stat.S_ISDIR(found.st_mode):
             yield Finding(name, "error", f"{directory} is not a directory; choose another with --data-dir", 78)
         elif found.st_uid != os.getuid():
             yield Finding(name, "error", f"{directory} belongs to uid {found.st_uid}", 78)
@@ -184,21 +201,14 @@ def _store(config: Config, running: bool) -> Iterator[Finding]:
 
 
 def _versions() -> Iterator[Finding]:
-    from importlib.metadata import PackageNotFoundError, version
+    from tapebus.versions import found
 
     yield Finding("python", "ok", sys.version.split()[0])
-    for name, floor in FLOORS.items():
-        wanted = ".".join(map(str, floor))
-        try:
-            found = version(name)
-        except PackageNotFoundError:
-            yield Finding(name, "error", f"not installed; {wanted} or later is needed", 1)
-            continue
-        numbers = tuple(int(part) for part in found.split(".")[: len(floor)] if part.isdigit())
-        if numbers < floor:
-            yield Finding(name, "error", f"{found} is too old; {wanted} or later is needed", 1)
-        else:
-            yield Finding(name, "ok", found)
+    for each in found():
+        if each.problem:
+            yield Finding(each.name, "error", each.problem, 78)
+        elif each.name != "libzmq":
+            yield Finding(each.name, "ok", each.version)
     yield from _libzmq()
 
 

@@ -116,8 +116,8 @@ def open_tape(config: Config) -> Tape:
     return Tape.open(config.data_dir, plugins=[*chosen, *others])
 
 
-def publisher(config: Config, source: str, endpoint: str | None) -> Publisher:
-    """A publisher for the bus of `config`, found at `endpoint` where one is given."""
+def publisher(config: Config, source: str, endpoint: str | None, key: str | None = None) -> Publisher:
+    """A publisher for the bus of `config`, found at `endpoint` where one is given; `key` is a secret key file."""
     import os
 
     from tapebus.publisher import Publisher
@@ -128,7 +128,9 @@ def publisher(config: Config, source: str, endpoint: str | None) -> Publisher:
         _check_endpoint("TAPEBUS_ENDPOINT", found, ConfigError)
     if not 0 < len(source) <= 100:
         raise UsageError("--source: a name of 1 to 100 characters is needed")
-    return Publisher(source, endpoint=endpoint or found or config.acked_endpoints[0])
+    # where rights are restricted, the owner is known by the ipc socket only
+    own = config.own_endpoint if config.security.identities else config.acked_endpoints[0]
+    return Publisher(source, endpoint=endpoint or found or own, key=key)
 
 
 def _check_endpoint(name: str, endpoint: str, error: type[TapebusError]) -> None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 @click.option("--user-id")
 @click.option("--priority", type=click.Choice(["low", "normal", "high", "critical"]))
 @click.option("--endpoint", help="Acknowledged ingest of the bus; default: from the configuration.")
+@click.option("--key", type=click.Path(), help="Secret key file for a bus elsewhere; default: TAPEBUS_KEY.")
 @click.option("--timeout", type=click.FloatRange(min=0.05), default=5.0, show_default=True, help="Seconds to wait.")
 @with_config
 def publish(
@@ -37,6 +38,7 @@ def publish(
     data: tuple[str, ...],
     source: str,
     endpoint: str | None,
+    key: str | None,
     timeout: float,
     **envelope: str | None,
 ) -> None:
@@ -57,11 +59,12 @@ def publish(
     else:
         records = iter([Recorded(event_type, time.time(), _payload(data), source, extra)])
     verdict = Verdict(config)
-    with publisher(config, source, endpoint) as pub:
+    with publisher(config, source, endpoint, key) as pub:
         try:
             summary = replay(verdict.noting(records), pub, patience_s=timeout)
         except BusNotRunning:
-            raise BusNotRunning(f"no bus answers at {pub.endpoint}: start one with `tapebus run`") from None
+            hint = "start one with `tapebus run`" if pub.local else "start it, or check that it knows your key"
+            raise BusNotRunning(f"no bus answers at {pub.endpoint}: {hint}") from None
         acks_mean = "on disk" if pub.stats()["durable"] else "dispatched, there is no store"
     if not summary.events:
         click.echo("0 events published: there was nothing on standard input")

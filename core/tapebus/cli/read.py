@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Sequence
 
 import click
 
 from tapebus.cli.common import event_json, event_line, filters, json_option, open_tape, topics_option, with_config
 from tapebus.config import Config
+from tapebus.errors import UsageError
 
 
 @click.command()
@@ -44,14 +46,54 @@ def query(
             sys.stdout.write(show(event) + "\n")
 
 
+def _feed_lines(endpoint: str, prefix: str, topics: Sequence[str], key: str | None) -> Iterator[str]:
+    import zmq
+
+    from tapebus.curve import as_client, client_keys
+    from tapebus.security import matches
+
+    with zmq.Context() as context, context.socket(zmq.SUB) as socket:
+        socket.setsockopt(zmq.LINGER, 0)
+        if key is not None:
+            as_client(socket, client_keys(key))
+        for topic in topics or ("*",):
+            socket.subscribe(prefix + topic.removesuffix("*"))
+        try:
+            socket.connect(endpoint)
+        except zmq.ZMQError as error:
+            raise UsageError(f"--feed {endpoint!r}: {error.strerror}; write tcp://HOST:PORT") from None
+        while True:
+            sent, body = socket.recv_multipart()
+            if matches(sent.decode("utf-8", "replace").removeprefix(prefix), topics or ("*",)):
+                yield body.decode("utf-8", "replace")
+
+
 @click.command()
 @topics_option
 @click.option("-n", "--lines", type=click.IntRange(min=0), default=10, show_default=True, help="Old events first.")
 @click.option("--after", type=click.IntRange(min=0), help="Begin after this bus_seq instead.")
+@click.option("--feed", help="Follow the live feed at this endpoint, of a bus elsewhere, instead of a tape.")
+@click.option("--key", type=click.Path(), envvar="TAPEBUS_KEY", help="Secret key file for --feed, see keygen.")
 @json_option
 @with_config
-def tail(config: Config, topics: tuple[str, ...], lines: int, after: int | None, as_json: bool) -> None:
-    """Print the newest events, then every new one as it reaches the disk, until interrupted."""
+def tail(
+    config: Config,
+    topics: tuple[str, ...],
+    lines: int,
+    after: int | None,
+    feed: str | None,
+    key: str | None,
+    as_json: bool,
+) -> None:
+    """Print the newest events, then every new one as it reaches the disk, until interrupted.
+
+    With --feed new events only, one JSON object a line, as they were published.
+    """
+    if feed:
+        for line in _feed_lines(feed, f"{config.feed.topic_prefix}.".lstrip("."), topics, key):
+            sys.stdout.write(line + "\n")
+            sys.stdout.flush()
+        return
     show = event_json if as_json else event_line
     chosen = list(topics) or None
     with open_tape(config) as tape:

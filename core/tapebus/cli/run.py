@@ -35,13 +35,17 @@ class Memory(click.ParamType):  # type: ignore[type-arg]
 @with_config
 def run(config: Config, log_level: str) -> int:
     """Run the bus in the foreground until SIGINT or SIGTERM; a second signal forces the end."""
+    from tapebus import limits
+    from tapebus.redaction import protect
     from tapebus.runtime import Runtime
 
     logging.basicConfig(
         level=log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s"
     )
+    protect()
     # Its INFO lines hold the URL, and with it the token of the bot.
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    limits.apply(config.bus.memory_limit_mb)
     return Runtime(config).run()
 
 
