@@ -499,7 +499,7 @@ def test_an_unguarded_name_that_resolves_beyond_this_machine_does_not_stay_bound
     with zmq.Context() as context, context.socket(zmq.PULL) as socket:
         with pytest.raises(ConfigError, match="beyond this machine"):
             bind(socket, f"tcp://0.0.0.0:{port}", "listen.ingest")
-        assert "0.0.0.0" not in listening()
+        wait_until(lambda: "0.0.0.0" not in listening(), "the socket to close")
 
 
 @pytest.mark.parametrize(
