@@ -24,7 +24,9 @@ def in_use(endpoint: str) -> bool:
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((host, int(port)))
+            probe.bind(("" if host == "*" else host, int(port)))
+        except socket.gaierror:
+            return False  # the name of an interface; binding will tell
         except OSError:
             return True
     return False
