@@ -29,7 +29,7 @@ from tapebus.control import Control
 from tapebus.curve import Door, peers_rights, server_keys
 from tapebus.deadline import Overdue, within
 from tapebus.dispatcher import Dispatcher
-from tapebus.errors import StoreError, StoreFull, TapebusError
+from tapebus.errors import CorruptError, StoreError, StoreFull, TapebusError
 from tapebus.events import DeadLetter, Wire
 from tapebus.failpoints import failpoint
 from tapebus.feed import Feed, bind
@@ -345,6 +345,8 @@ class Runtime:
         """A thread the bus cannot live without has ended; from any thread."""
         if self._failure is None:
             self._failure = error
+            if isinstance(error, CorruptError) and self.store is not None:
+                self.store.suspect(str(error))
             if isinstance(error, TapebusError):
                 log.critical("%s", error)
             else:

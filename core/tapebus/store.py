@@ -215,6 +215,9 @@ class Store(StoreReader, Protocol):
     def regain(self) -> bool:
         """Try to take the reserve back; True when there is room again and ``shortage`` is over."""
 
+    def suspect(self, reason: str) -> None:
+        """Let the next start look at the whole tape before it is opened; from any thread."""
+
     def maintain(self, now: float) -> bool:
         """Do one bounded piece of upkeep (sealing, retention, reader check); True when more waits.
 

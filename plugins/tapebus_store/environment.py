@@ -7,8 +7,10 @@ one `Environment`, counted by references.
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,6 +23,7 @@ from tapebus_store.books import MIRROR
 from tapebus_store.preflight import look
 from tapebus_store.quarantine import admit, mark_open, sync_directory
 
+log = logging.getLogger("tapebus.store")
 DATABASES = ("blocks", "corr", "producers", "cursors", "state", "dead", "meta")
 MiB = 1 << 20
 MAX_READERS = 512
@@ -198,8 +201,11 @@ class Environment:
         size = self.env.info()["map_size"]
         if size >= max_bytes:
             return False
+        began = time.monotonic()
         with self.exclusive():
             self.env.set_mapsize(min(size * 2, max_bytes))
+        # commits stood still meanwhile, waiting for readers of this process to end
+        log.info("the map grew to %d bytes in %.1f ms", min(size * 2, max_bytes), (time.monotonic() - began) * 1e3)
         return True
 
     def make_writable(self, map_size: int) -> None:

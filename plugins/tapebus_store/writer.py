@@ -78,6 +78,7 @@ class LmdbStore(LmdbReader):
     def __init__(self, data_dir: Path, config: StoreConfig) -> None:
         self._config = config
         self._failed: str | None = None
+        self._sound = True
         self._hot = zstandard.ZstdCompressor(level=1)
         #: Why room is short, "" while it is not. Commits then use up the reserve: take in no more than must be.
         self.shortage = ""
@@ -110,12 +111,9 @@ class LmdbStore(LmdbReader):
                 self._tape_record = books.decode_tape(record)
             last = self._tape_record.last_seq
             if newest is not None and newest != last and not self._is_hole(txn, newest + 1, last):
-                raise self._suspect(
-                    CorruptError(
-                        f"{self._env.path}: the newest block ends at bus_seq {newest}, the tape's record says {last}: "
-                        "start again, which saves what is sound"
-                    )
-                )
+                reason = f"the newest block ends at bus_seq {newest}, the tape's record says {last}"
+                self.suspect(reason)
+                raise CorruptError(f"{self._env.path}: {reason}: start again, which saves what is sound")
         self._reserve = Reserve(self._env.path)
         if not self._reserve.take():
             self.shortage = NO_RESERVE
@@ -144,11 +142,10 @@ class LmdbStore(LmdbReader):
         """What had to be done before this tape could be opened, as sentences for people; usually nothing."""
         return self._env.notices
 
-    def _suspect(self, error: StoreError) -> StoreError:
-        """`error`, after noting that the next start has to look at the whole tape before it opens it."""
-        self._failed = self._failed or str(error)
-        spoil_mark(self._env.path, DAMAGED, str(error))
-        return error
+    def suspect(self, reason: str) -> None:
+        """Let the next start look at the whole tape before it is opened; from any thread."""
+        self._sound = False
+        spoil_mark(self._env.path, DAMAGED, reason)
 
     # -- the transaction ------------------------------------------------------------------------
 
@@ -330,7 +327,10 @@ class LmdbStore(LmdbReader):
         work = self._upkeep.next_piece(self._tape_record, now)
         if work is None:
             return False
+        damaged = self._tape_record.damaged
         self._durably(work)
+        if self._tape_record.damaged > damaged:
+            self.suspect("a block could not be sealed")
         return self._upkeep.next_piece(self._tape_record, now) is not None
 
     def purge_dead(self, ids: Iterable[int]) -> int:
@@ -355,7 +355,7 @@ class LmdbStore(LmdbReader):
     def close(self) -> None:
         """Close the tape and release the data directory; a second call does nothing."""
         env = self._environment
-        sound = env is not None and env._pid == os.getpid() and self._failed is None and self._settle()
+        sound = env is not None and env._pid == os.getpid() and self._failed is None and self._settle() and self._sound
         super().close()
         if sound and env is not None and env.references == 0:
             with suppress(OSError):
