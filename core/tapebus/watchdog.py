@@ -112,8 +112,8 @@ class Watchdog:
         event = each.doing.event
         at = f" at bus_seq {event.bus_seq}" if event is not None else ""
         what = f"{each.doing.what} has come no further for {each.deadline_s:g} s{at}"
-        self._mark(each, what)
         log.error("%s: %s; its thread stands here:\n%s", each.name, what, stack_of(each.doing.thread))
+        self._mark(each, what)
         fence = each.fence
         self._runtime.publish(
             "alert",
