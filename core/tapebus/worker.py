@@ -191,13 +191,22 @@ class Worker:
         last = self._tape.last_seq
         if not fence.ready or fence.cursor >= last:
             return False
-        limit = 1 if fence.cursor < self._orders.careful_to else MAX_BATCH
-        events = list(self._tape.read(fence.cursor, topics=list(self._consumer.topics), limit=limit))
+        events = list(self._tape.read(fence.cursor, topics=list(self._consumer.topics), limit=MAX_BATCH))
         events = [event for event in events if event.bus_seq <= last]
+        horizon = events[-1].bus_seq if len(events) == MAX_BATCH else last
+        while events and events[0].bus_seq <= self._orders.careful_to and fence.ready:
+            event = events.pop(0)
+            self._hand_over([event], event.bus_seq)
+            self._progress()
+        if fence.ready:
+            self._hand_over(events, horizon)
+        return True
+
+    def _hand_over(self, events: list[Any], last_seq: int) -> None:
+        """Deliver, having said which events are in hand."""
         if events:
             _report({"trying": (events[0].bus_seq, events[-1].bus_seq), "type": events[0].event_type})
-        fence.offer(events, events[-1].bus_seq if len(events) == limit else last)
-        return True
+        self.fence.offer(events, last_seq)
 
     def _settle(self) -> None:
         number, seq = self._again.popleft()
