@@ -93,7 +93,7 @@ def handled(name: str, count: int) -> Callable[[Any], bool]:
 
 
 def test_an_installed_plugin_is_listed_by_name(site):
-    code = "from tapebus.plugins import installed; print(installed()['hello'].value)"
+    code = "from tapebus.plugins import installed; print(installed()['hello'][0].value)"
     run = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(site)!r}); {code}"],
         capture_output=True,

@@ -23,6 +23,7 @@ from tapebus.errors import ConfigError
 from tapebus.limits import MIN_MEMORY_MB
 from tapebus.redaction import register
 from tapebus.security import Identity, Security, check_security, is_loopback
+from tapebus.trust import Trusted
 
 #: Room for a socket's name below the 108 bytes of ``sun_path`` (104 on macOS).
 IPC_PATH_LIMIT = 100
@@ -79,10 +80,14 @@ class Feed(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Plugins(Struct, frozen=True, forbid_unknown_fields=True):
-    """``[plugins]``: the enabled ones in loading order, and the table of each ``[plugins.<name>]``."""
+    """``[plugins]``: the enabled ones in loading order, and the table of each ``[plugins.<name>]``.
+
+    With ``[plugins.trusted]`` only what it lists is imported, see `tapebus.trust`.
+    """
 
     enabled: list[str] = msgspec.field(default_factory=lambda: ["schema", "store", "outcomes", "slots", "telegram"])
     tables: dict[str, dict[str, Any]] = {}
+    trusted: dict[str, Trusted] | None = None
 
 
 class Source(Struct, frozen=True, forbid_unknown_fields=True):
@@ -351,12 +356,13 @@ def _convert(raw: dict[str, Any]) -> Config:
     _refuse_unknown(raw, Config, "")
     shaped = dict(raw)
     if isinstance(plugins, dict):
-        tables = {name: table for name, table in plugins.items() if name != "enabled"}
+        reserved = {name: plugins[name] for name in ("enabled", "trusted") if name in plugins}
+        tables = {name: table for name, table in plugins.items() if name not in reserved}
         for name, table in tables.items():
             if not isinstance(table, dict):
                 near = "plugins.enabled" if difflib.get_close_matches(name, ["enabled"], 1) else f"[plugins.{name}]"
                 raise ConfigError(f"plugins.{name} = {table!r}: no such key; did you mean {near}?")
-        shaped["plugins"] = {"tables": tables, **({"enabled": plugins["enabled"]} if "enabled" in plugins else {})}
+        shaped["plugins"] = {"tables": tables, **reserved}
     try:
         return msgspec.convert(shaped, Config)
     except msgspec.ValidationError as error:

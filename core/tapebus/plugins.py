@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Callable, Iterable
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import pluggy
 
-from tapebus import hookspecs
+from tapebus import hookspecs, trust
 from tapebus.deadline import Overdue, within
 from tapebus.errors import PluginError
 from tapebus.events import Registry
 
+log = logging.getLogger("tapebus")
 GROUP = "tapebus.plugins"
 #: Seconds one import may take.
 DEADLINE_S = 20.0
 BUILTIN = ("schema", "store", "outcomes", "slots", "telegram")
 
 
-def installed() -> dict[str, EntryPoint]:
-    """Every installed plugin by name, not imported. Two distributions claiming one name are refused."""
-    found: dict[str, EntryPoint] = {}
+def installed() -> dict[str, list[EntryPoint]]:
+    """Every installed plugin by name, not imported; `trust.choose` decides between several of one name."""
+    found: dict[str, list[EntryPoint]] = {}
     for point in entry_points(group=GROUP):
-        known = found.get(point.name)
-        if known is not None and known.value != point.value:
-            raise PluginError(
-                f"plugin {point.name!r} is claimed by both {known.value} and {point.value}: uninstall one of them"
-            )
-        found[point.name] = point
+        found.setdefault(point.name, []).append(point)
     return found
 
 
@@ -49,13 +46,17 @@ def load(
             near = difflib.get_close_matches(name, points, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"installed: {', '.join(sorted(points)) or 'none'}"
             raise PluginError(f"plugins.enabled: no plugin called {name!r} is installed; {hint}")
+        point = trust.choose(name, points[name])
+        if trust.switched_off(point):
+            log.warning("plugin %r is left out: %s is set", name, trust.SWITCH)
+            continue
         try:
-            module = within(deadline_s, f"plugin {name!r}: its import", points[name].load)
+            module = within(deadline_s, f"plugin {name!r}: its import", point.load)
         except Overdue:
             raise
         except Exception as error:
             raise PluginError(
-                f"plugin {name!r} ({points[name].value}) cannot be imported: {type(error).__name__}: {error}"
+                f"plugin {name!r} ({point.value}) cannot be imported: {type(error).__name__}: {error}"
             ) from error
         _register(manager, module, name)
     for name, plugin in extra:

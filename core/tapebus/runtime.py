@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 import zmq
 
-from tapebus import books, failpoints, plugins, ports, versions
+from tapebus import books, failpoints, plugins, ports, trust, versions
 from tapebus._ingest import Ingest
 from tapebus._ring import Ring
 from tapebus._scan import Topics
@@ -92,6 +92,7 @@ class Runtime:
         failpoints.check()
         config = self.config
         versions.require()
+        trust.enforce(config.plugins.trusted)
         config.prepare()
         failpoint("start.prepared")
         self.manager = plugins.load(config.plugins.enabled, self._extra, config.bus.start_s)

@@ -24,7 +24,7 @@ from typing import Any
 
 import msgspec
 
-from tapebus import plugins
+from tapebus import plugins, trust
 from tapebus.config import Config
 from tapebus.consumer import Consumer
 from tapebus.errors import PluginError
@@ -127,6 +127,7 @@ class Worker:
     def __init__(self, orders: Orders) -> None:
         config = orders.config
         self._orders = orders
+        trust.enforce(config.plugins.trusted)
         self._manager = plugins.load([orders.plugin, *needed(config, orders.plugin)], deadline_s=config.bus.start_s)
         directory = config.data_dir / "workers" / orders.consumer
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)

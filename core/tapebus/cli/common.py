@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from tapebus import trust
 from tapebus.config import Config
 from tapebus.errors import ConfigError, TapebusError, UsageError
 
@@ -25,7 +26,9 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
 def load_config(config: str | None = None, data_dir: str | None = None) -> Config:
-    return Config.load(config or None, data_dir=data_dir or None)
+    loaded = Config.load(config or None, data_dir=data_dir or None)
+    trust.enforce(loaded.plugins.trusted)
+    return loaded
 
 
 def with_config(function: _F) -> _F:

@@ -13,13 +13,17 @@ from tapebus.errors import BusNotRunning, TapebusError, UsageError
 
 
 @click.group(invoke_without_command=True)
+@click.option("--hashes", is_flag=True, help="Print [plugins.trusted] for what is installed now; imports nothing.")
 @json_option
 @click.pass_context
 @with_config
-def plugins(ctx: click.Context, config: Config, as_json: bool) -> None:
+def plugins(ctx: click.Context, config: Config, hashes: bool, as_json: bool) -> None:
     """List installed plugins with their hooks and, while the bus runs, what their consumers do."""
     ctx.meta["tapebus.loaded"] = config
     if ctx.invoked_subcommand is not None:
+        return
+    if hashes:
+        _print_hashes()
         return
     rows = [_describe(name, config) for name in _names(config)]
     _add_state(config, rows)
@@ -55,6 +59,18 @@ def _tell_breakers(consumers: list[dict[str, Any]]) -> None:
             click.echo(visible(f"  {clock(at)}  {state:<10}  {reason}"))
 
 
+def _print_hashes() -> None:
+    from tapebus.plugins import installed
+    from tapebus.trust import fingerprint, is_own, line
+
+    click.echo("[plugins.trusted]")
+    for points in installed().values():
+        for point in points:
+            if not is_own(point) and point.dist is not None:
+                note = "" if fingerprint(point) else "  # an editable installation: its files can change unseen"
+                click.echo(line(point) + note)
+
+
 def _names(config: Config) -> list[str]:
     from tapebus.plugins import installed
 
@@ -63,8 +79,10 @@ def _names(config: Config) -> list[str]:
 
 def _describe(name: str, config: Config) -> dict[str, Any]:
     from tapebus.plugins import installed, load
+    from tapebus.trust import SWITCH, is_own
 
-    point = installed().get(name)
+    points = installed().get(name, [])
+    point = points[0] if points else None
     row: dict[str, Any] = {
         "name": name,
         "enabled": name in config.plugins.enabled,
@@ -76,10 +94,16 @@ def _describe(name: str, config: Config) -> dict[str, Any]:
         "state": "",
         "error": "",
     }
+    if point is not None and not row["enabled"] and not is_own(point):
+        row["error"] = "not enabled, so not imported"
+        return row
     try:
         manager = load([name])
     except TapebusError as error:
         row["error"] = str(error)
+        return row
+    if manager.get_plugin(name) is None:
+        row["error"] = f"left out: {SWITCH} is set"
         return row
     callers = manager.get_hookcallers(manager.get_plugin(name)) or []
     row["hooks"] = sorted(caller.name.removeprefix("tapebus_") for caller in callers)
