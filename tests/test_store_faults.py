@@ -18,6 +18,7 @@ import pytest
 import tapebus_store
 from tapebus.errors import CorruptError, StoreError, StoreFull
 from tapebus.store import Commit, Unit
+from tapebus_store import quarantine
 
 sys.path.insert(0, str(Path(__file__).parent))
 from store_support import fill, open_store, raws, upkeep
@@ -99,6 +100,39 @@ print(len(raws(reader.blocks())), reader.stats()["map_size"])
     count, map_size = output(process).split()
     assert int(count) >= 2000
     assert int(map_size) > 0
+    store.close()
+
+
+def test_the_file_stops_growing_once_a_killed_reader_is_cleared_away(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    fill(store, 5)
+    process = child(
+        """
+import sys, time, tapebus_store
+from pathlib import Path
+reader = tapebus_store.tapebus_open_store(Path(sys.argv[1]), {}, True)
+with reader._env.reading():
+    print("holding", flush=True)
+    time.sleep(60)
+""",
+        tmp_path,
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.kill()
+    process.communicate()
+
+    def pages_of(commits: int) -> int:
+        before = store._env.env.info()["last_pgno"]
+        for number in range(commits):
+            store.commit(Commit(units=[Unit("c", number, namespace="n", state={"k": bytes(20_000)})]))
+        return int(store._env.env.info()["last_pgno"]) - before
+
+    held = pages_of(50)
+    store.maintain(1e12)
+    pages_of(10)
+    assert held > 50 * 5
+    assert pages_of(50) == 0
     store.close()
 
 
@@ -194,6 +228,22 @@ def test_after_an_io_error_no_commit_is_tried_again(tmp_path: Path, monkeypatch:
             attempt()
     assert raws(store.blocks()) == raws(made)
     store.close()
+
+    asked: list[tuple[str, ...]] = []
+    run = quarantine._run
+
+    def note(module: str, *arguments: str, timeout: float | None = None) -> subprocess.CompletedProcess[bytes]:
+        asked.append((module, *arguments))
+        return run(module, *arguments, timeout=timeout)
+
+    monkeypatch.setattr(quarantine, "_run", note)
+    again = open_store(tmp_path)
+    assert asked == [("tapebus_store.preflight", str(tmp_path / "tape"), "recent")]
+    assert raws(again.blocks()) == raws(made)
+    again.close()
+    asked.clear()
+    open_store(tmp_path).close()
+    assert asked == []
 
 
 @pytest.mark.parametrize("part", [0.0, 0.1, 0.5])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -209,6 +210,54 @@ def test_the_map_grows_under_load_and_its_limit_is_a_state_with_an_alert(make_bu
         with Tape.open(bus.data_dir) as tape:
             assert sum(1 for _ in tape.read(topics=["user_action"])) == published
     assert bus.stop() == 0
+
+
+@pytest.fixture
+def disk(data_dir: Path) -> Iterator[Callable[[Path], Path]]:
+    """``disk(directory)``: an ext4 of its own there, which may be told that it has an error; its node in sysfs."""
+    made: list[Path] = []
+
+    def do(directory: Path) -> Path:
+        image = data_dir / "ext4.img"
+        with image.open("wb") as file:
+            file.truncate(64 * MiB)
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if os.geteuid() != 0 or shutil.which("mkfs.ext4") is None:
+            pytest.skip("a file system of its own takes root and mkfs.ext4")
+        subprocess.run(["mkfs.ext4", "-q", "-F", str(image)], check=True)
+        mounting = ["mount", "-o", "loop,errors=remount-ro", str(image), str(directory)]
+        if subprocess.run(mounting, check=False, capture_output=True).returncode:
+            pytest.skip("a loop device cannot be mounted here")
+        made.append(directory)
+        directory.chmod(0o700)
+        found = subprocess.run(["findmnt", "-no", "SOURCE", str(directory)], capture_output=True, text=True, check=True)
+        return Path("/sys/fs/ext4") / Path(found.stdout.strip()).name / "trigger_fs_error"
+
+    yield do
+    for each in made:
+        subprocess.run(["umount", "-l", str(each)], check=True)
+
+
+def test_a_file_system_that_turns_read_only_ends_the_bus_with_74(disk, make_bus):
+    bus = make_bus(STORE)
+    trigger = disk(bus.data_dir)
+    if not trigger.exists():
+        pytest.skip("this kernel cannot be told of an error of ext4")
+    bus.start()
+    source = Source(bus)
+    source.publish(1000)
+    source.check()
+    acked = source.publisher.stats()["acked"]
+    trigger.write_text("a test")
+    source.publish(10)
+    assert bus.process.wait(PATIENCE) == 74
+    bus.process = None
+    assert source.publisher.stats()["acked"] == acked
+    assert source.on_tape()[:1000] == list(range(1, 1001))
+    source.publisher.close()
+    critical = [line for line in bus.log.read_text().splitlines() if " CRITICAL" in line]
+    assert len(critical) == 1
+    assert "the commit failed" in critical[0]
 
 
 # -- damage ---------------------------------------------------------------------------------------
