@@ -363,6 +363,21 @@ def test_a_directory_of_another_user_is_refused(spool_dir, caplog):
     assert "belongs to another user (uid 12345)" in caplog.text
 
 
+@pytest.mark.parametrize("kind", ["nfs4", "fuse.sshfs", "btrfs"])
+def test_a_file_system_that_may_take_its_word_back_is_refused(spool_dir, caplog, monkeypatch, kind):
+    monkeypatch.setattr(spools, "_file_system", lambda directory: kind)
+    with Publisher("guard", "tcp://127.0.0.1:1", spool="crash", spool_dir=spool_dir) as pub:
+        assert pub.stats()["spool"] == "memory"
+    assert f"{kind} does not keep its promise" in caplog.text
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the types of its mounts in /proc")
+def test_the_type_of_a_file_system_is_found_by_its_mount_point(spool_dir):
+    assert spools._file_system(Path("/proc/self")) == "proc"
+    assert spools._file_system(Path("/dev/shm")) == "tmpfs"
+    assert spools._file_system(spool_dir) not in ("", "proc")
+
+
 def test_mode_and_directory_come_from_the_environment_too(spool_dir, monkeypatch):
     monkeypatch.setenv("TAPEBUS_SPOOL", "crash")
     monkeypatch.setenv("TAPEBUS_SPOOL_DIR", str(spool_dir))

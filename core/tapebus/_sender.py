@@ -21,7 +21,7 @@ from tapebus import wire
 from tapebus._blocks import crc32c
 from tapebus._outbox import Outbox
 from tapebus.failpoints import failpoint
-from tapebus.spool import Spool, new_epoch
+from tapebus.spool import Spool, Syncer, new_epoch
 
 if TYPE_CHECKING:
     from tapebus.curve import Keys
@@ -86,7 +86,8 @@ class Sender:
         self.outbox, self.source, self.endpoint = outbox, source, endpoint
         self.batch_size, self.batch_timeout = batch, linger_s
         self.producer_id, self.epoch = ident
-        self.spool, self.sync_s, self.orphans = spool, sync_s, list(orphans)
+        self.spool, self.orphans = spool, list(orphans)
+        self.syncer = Syncer(spool, sync_s)
         self.acked_events = 0
         self.forgotten = 0
         self.rejected: dict[str, int] = {}
@@ -102,7 +103,6 @@ class Sender:
         self.thread = threading.Thread(target=self.run, name=f"tapebus-sender-{source}", daemon=True)
         self._ahead: Sender | None = None  # while an orphan is emptied
         self._refused: deque[tuple[int, int]] = deque(maxlen=1000)  # ranges, counted from the first event ever
-        self._synced, self._dirty_at = (-1, -1), 0.0
         self._sock: zmq.Socket[bytes] | None = None
         self._monitor: zmq.Socket[bytes] | None = None
         self._in_flight: deque[tuple[int, int, int]] = deque()  # last seq, events, bytes of each frame sent
@@ -227,12 +227,12 @@ class Sender:
     def _rest(self, seconds: float) -> None:
         """Waits for at most so long, or until somebody rings; the disk is not forgotten meanwhile."""
         self.outbox.wake_at = _NEVER
-        seconds = min(seconds, self._until_sync())
+        seconds = min(seconds, self.syncer.due_in())
         if self.outbox.next_seq <= self.outbox.wake_at:
             zmq.select([self.reader], [], [], seconds)
         self.outbox.wake_at = _NEVER
         self._drain_wakes()
-        self._sync()
+        self.syncer.tend()
 
     def _postpone(self, seconds: float) -> None:
         self._not_before = time.monotonic() + seconds * random.uniform(0.75, 1.25)
@@ -261,10 +261,10 @@ class Sender:
                 self.stopping = True
                 break
             self._arm()
-            sync_ms = self._until_sync() * 1000
+            sync_ms = self.syncer.due_in() * 1000
             ready = dict(poller.poll(int(min(self._sleep_ms(), max(1.0, sync_ms)))))
             self.outbox.wake_at = _NEVER
-            self._sync()
+            self.syncer.tend()
             if self.reader in ready:
                 self._drain_wakes()
             if self._monitor in ready:
@@ -289,36 +289,6 @@ class Sender:
             # What never left is lost with this process. What is on its way may still arrive, so it is not told of.
             self._send(wire.GAP, wire.S_GAP.pack(self._sent + 1, self._highest(), self._highest(), wire.ABANDONED))
         self._send(wire.BYE, b"")
-
-    def _until_sync(self) -> float:
-        """Seconds until the disk must hear of the spool; while it knows all, the next event wakes the sender."""
-        if not self.sync_s:
-            return float("inf")
-        if self.outbox.point == self._synced:
-            self.outbox.wake_at = min(self.outbox.wake_at, self.outbox.next_seq)
-            return float("inf")
-        self._dirty_at = self._dirty_at or time.monotonic()
-        return max(0.0, self._dirty_at + self.sync_s - time.monotonic())
-
-    def _sync(self) -> None:
-        if not self.sync_s or self.spool is None:
-            return
-        point, now = self.outbox.point, time.monotonic()
-        if point == self._synced:
-            return
-        self._dirty_at = self._dirty_at or now
-        if now < self._dirty_at + self.sync_s:
-            return
-        try:
-            self.spool.sync()
-        except OSError as error:
-            # A failed sync cannot be made good by a later one.
-            _log.error("%s: %s; from now on the spool survives this process, but no power cut", self.spool.path, error)
-            self.sync_s = 0.0
-            self.outbox.synced(point[1], careful=False)
-            return
-        self.outbox.synced(point[1])
-        self._synced, self._dirty_at = point, 0.0
 
     def _arm(self) -> None:
         """Tells publish() from which number on there will be something to do at once."""

@@ -210,7 +210,7 @@ class Publisher(Emitter):
     def _survives(self) -> str:
         if self._spool is None:
             return "memory"
-        return "crash" if self._sender is not None and not self._sender.sync_s else self._spool_mode
+        return "crash" if self._sender is not None and not self._sender.syncer.sync_s else self._spool_mode
 
     def close(self, timeout: float = 0.0) -> None:
         """Flush for at most `timeout` seconds, then say goodbye.

@@ -127,6 +127,42 @@ class Spool:
         os.close(fd)
 
 
+class Syncer:
+    """Brings a spool to the disk `sync_s` seconds after it changed; 0 never does. For the sender thread only."""
+
+    def __init__(self, spool: Spool | None, sync_s: float) -> None:
+        self._spool = spool
+        self.sync_s = sync_s if spool is not None else 0.0
+        self._synced, self._dirty_at = (-1, -1), 0.0
+
+    def due_in(self) -> float:
+        """Seconds until the disk must hear of the spool; while it knows all, the next event wakes the sender."""
+        if self._spool is None or not self.sync_s:
+            return float("inf")
+        outbox = self._spool.outbox
+        if outbox.point == self._synced:
+            outbox.wake_at = min(outbox.wake_at, outbox.next_seq)
+            return float("inf")
+        self._dirty_at = self._dirty_at or time.monotonic()
+        return max(0.0, self._dirty_at + self.sync_s - time.monotonic())
+
+    def tend(self) -> None:
+        """Sync when it is due; takes as long as the disk does."""
+        if self._spool is None or not self.sync_s or self.due_in() > 0:
+            return
+        outbox, point = self._spool.outbox, self._spool.outbox.point
+        try:
+            self._spool.sync()
+        except OSError as error:
+            # A failed sync cannot be made good by a later one.
+            _log.error("%s: %s; from now on the spool survives this process, but no power cut", self._spool.path, error)
+            self.sync_s = 0.0
+            outbox.synced(point[1], careful=False)
+            return
+        outbox.synced(point[1])
+        self._synced, self._dirty_at = point, 0.0
+
+
 def create(
     directory: Path,
     source: str,
@@ -179,7 +215,7 @@ def _prepare(directory: Path) -> None:
         raise SpoolError(f"{directory}: belongs to another user (uid {found.st_uid})")
     if stat.S_IMODE(found.st_mode) & 0o077:
         directory.chmod(0o700)
-    kind = _file_system(found.st_dev)
+    kind = _file_system(directory)
     if kind.startswith("fuse") or kind in _UNFIT:
         raise SpoolError(f"{directory}: {kind} does not keep its promise of allocated room; choose a local ext4 or xfs")
 
@@ -192,16 +228,18 @@ def _sweep(directory: Path) -> None:
                 hidden.unlink()
 
 
-def _file_system(device: int) -> str:
-    """The type of the mounted file system with this device number; empty where the system does not say."""
-    wanted = f"{os.major(device)}:{os.minor(device)}"
+def _file_system(directory: Path) -> str:
+    """The type of the file system that `directory` is on; empty where the system does not say."""
+    place, best, found = str(directory.resolve()), "", ""
     if sys.platform == "linux":
-        with contextlib.suppress(OSError), open("/proc/self/mountinfo") as lines:
+        with contextlib.suppress(OSError), open("/proc/self/mountinfo", errors="surrogateescape") as lines:
             for line in lines:
                 head, _, tail = line.partition(" - ")
-                if head.split()[2] == wanted:
-                    return tail.split()[0]
-    return ""
+                point = head.split()[4].replace("\\040", " ").rstrip("/") + "/"
+                # The last mount on a point is the one that is seen.
+                if f"{place}/".startswith(point) and len(point) >= len(best):
+                    best, found = point, tail.split()[0]
+    return found
 
 
 def _sync_directory(directory: Path) -> None:
