@@ -473,6 +473,7 @@ class Runtime:
 
     def _give_up(self) -> None:
         log.critical("stopping took too long and was cut short; nothing acknowledged is lost")
+        logging.shutdown()
         os._exit(1)
 
     def run(self) -> int:
@@ -501,9 +502,12 @@ class Runtime:
             last_resort = threading.Timer(self.config.bus.drain_s + STOP_GRACE_S, self._give_up)
             last_resort.daemon = True
             last_resort.start()
+            # should no Python run any more, or the log not take a line, the kernel ends the process
+            signal.setitimer(signal.ITIMER_REAL, self.config.bus.drain_s + 2 * STOP_GRACE_S)
             self.stop()
             last_resort.cancel()
             log.info("%s", self.statistics.farewell())
+            signal.setitimer(signal.ITIMER_REAL, 0)
         finally:
             for each, handler in previous.items():
                 signal.signal(each, handler)

@@ -11,6 +11,8 @@ import msgspec
 
 #: There is a mark every so many parts of ``max_age_days``; the oldest events outlive it by at most that much.
 PARTS = 256
+#: But they are never nearer to each other than this, in seconds: upkeep has more to do than to mark.
+NEAR_S = 1.0
 #: The distance of marks in seconds while there is no such rule, so that one made later finds them.
 APART_S = 6 * 3600.0
 #: More marks than this are thinned out, the older half.
@@ -42,7 +44,8 @@ class Ages(msgspec.Struct):
         if not self.marks:
             return last_seq > 0
         clock, seq = self.marks[-1]
-        return last_seq > seq and self.clock - clock >= (max_age / PARTS or APART_S)
+        apart = max(max_age / PARTS, NEAR_S) if max_age else APART_S
+        return last_seq > seq and self.clock - clock >= apart
 
     def mark(self, last_seq: int, max_age: float) -> None:
         """Note that the tape ends at `last_seq` now, and forget marks that no longer matter."""

@@ -175,7 +175,11 @@ class Nemesis:
         process = self.bus.process
         process.send_signal(signal.SIGCONT)
         process.send_signal(chance.choice((signal.SIGTERM, signal.SIGINT)))
-        code = process.wait(PATIENCE)
+        try:
+            code = process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            raise AssertionError(f"asked to stop, the bus runs on:\n{self.bus.output()}\n{status}") from None
         # before its handlers are in place a signal ends the process at once
         assert code in (0, 130, -signal.SIGTERM) or self.filler.exists(), (code, self.bus.output())
         self.bus.spawn()

@@ -161,10 +161,13 @@ class Rig:
 
     def _seal_until_merge(self) -> None:
         """Bring the tape to where the next piece of upkeep merges the index."""
-        store = LmdbStore(self.bus.data_dir, StoreConfig(seal_events=256))
+        self.bus.variables = {**SETTINGS["store.in_merge"], VARIABLE: f"tape.after_ack:{4 * MERGE_RUNS}"}
+        self.bus.spawn()
+        assert self._end() == -signal.SIGKILL
+        store = LmdbStore(self.bus.data_dir, StoreConfig(seal_events=1))
         try:
             sealed = store.stats()["blocks_sealed"]
-            while store.stats()["blocks_hot"] > 200 or store.stats()["blocks_sealed"] < sealed + MERGE_RUNS:
+            while store.stats()["blocks_hot"] > 300 or store.stats()["blocks_sealed"] < sealed + MERGE_RUNS:
                 assert store.maintain(0.0), "too little was published to merge anything"
         finally:
             store.close()

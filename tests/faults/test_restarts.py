@@ -19,6 +19,7 @@ from ledger import Checker, event_of
 from producers import Producer, finish
 
 from bus_support import wait_until
+from tapebus import Publisher
 
 PLUGINS = ["schema", "store", "outcomes", "slots", "telegram", *DERIVED]
 #: Events that are pushed into the bus just before it is asked to stop, and how many go in one frame.
@@ -132,3 +133,41 @@ def test_a_bus_asked_to_stop_under_load_ends_by_itself_and_loses_nothing(make_bu
     assert not verdict.wrong, verdict
     assert "cut short" not in bus.log.read_text(errors="replace")
     assert bus.stop() == 0
+
+
+NOISY = """
+import logging
+from tapebus import Consumer, hookimpl
+
+@hookimpl
+def tapebus_register_consumers(context):
+    def handler(batch):
+        for event in batch:
+            context.log.info("x" * 1000)
+    return [Consumer(name="noisy", topics=["market_data"], handler=handler, mode="inline")]
+"""
+
+
+@pytest.mark.parametrize("reader", ["stands still", "is gone"])
+def test_a_log_that_nobody_reads_stops_neither_the_bus_nor_its_end(make_bus, tmp_path, reader):
+    (tmp_path / "noisy_plugin.py").write_text(NOISY)
+    info = tmp_path / "noisy-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: noisy\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[tapebus.plugins]\nnoisy = noisy_plugin\n")
+    bus = make_bus(["schema", "store", "noisy"])
+    bus.python_path.append(str(tmp_path))
+    with subprocess.Popen(bus.command, stderr=subprocess.PIPE, env=bus.environ(), cwd=tmp_path) as process:
+        bus.process = process
+        bus.wait_for(lambda stats: True, "to answer")
+        if reader == "is gone":
+            process.stderr.close()
+        with Publisher("webapp", endpoint=bus.acked) as publisher:
+            for n in range(5000):
+                event_type, data, at, correlation = event_of("webapp", 10 * n + 1)
+                assert publisher.publish(event_type, data, timestamp=at, correlation_id=correlation)
+            assert publisher.flush(30.0)
+            bus.wait_for(lambda stats: stats["consumers"][0]["handled"] >= 5000, "to handle all")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(LIMIT) == 0
+        bus.process = None

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from tapebus.cli.common import with_config
+from tapebus.cli.logs import PatientHandler
 from tapebus.config import Config
 
 
@@ -39,14 +40,16 @@ def run(config: Config, log_level: str) -> int:
     from tapebus.redaction import protect
     from tapebus.runtime import Runtime
 
-    logging.basicConfig(
-        level=log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s"
-    )
+    handler = PatientHandler()
+    logging.basicConfig(level=log_level.upper(), handlers=[handler])
     protect()
     # Its INFO lines hold the URL, and with it the token of the bot.
     logging.getLogger("httpx").setLevel(logging.WARNING)
     limits.apply(config.bus.memory_limit_mb)
-    return Runtime(config).run()
+    try:
+        return Runtime(config).run()
+    finally:
+        handler.close()
 
 
 @click.command()
