@@ -96,7 +96,7 @@ class ZeroMQ(System):
         size = -1
         while size != (now := self.file.stat().st_size):
             size = now
-            threading.Event().wait(1.0)
+            threading.Event().wait(0.7)
 
     def stored(self) -> list[int]:
         return [int(line) for line in self.file.read_text().split() if line != "0"]

@@ -85,7 +85,7 @@ def schedule(chance: Any, count: int, kills: int) -> list[int]:
 def test_of_the_same_events_under_the_same_kills_tapebus_alone_loses_and_holds_up_nothing(
     make_bus, tmp_path, free_ports, chance, size, figures
 ):
-    count, kills = size(6_000, 20_000, 100_000), size(2, 5, 20)
+    count, kills = size(3_000, 20_000, 100_000), size(1, 5, 20)
     at = schedule(chance, count, kills)
     ports = free_ports(4)
     ours = Tapebus(make_bus(["schema", "store"]))

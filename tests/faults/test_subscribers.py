@@ -99,7 +99,7 @@ def test_a_stopped_subscriber_slows_nobody_sees_its_gap_and_refills_it_exactly(m
 
 def test_subscribers_that_come_and_go_disturb_neither_the_way_in_nor_each_other(make_bus, size, figures):
     bus = make_bus(["schema", "store"]).start()
-    total, wave = size(50, 1000, 1000), size(25, 100, 200)
+    total, wave = size(50, 1000, 1000), size(50, 100, 200)
     rounds = size(50, 200, 500)
     with Publisher("feeder", endpoint=bus.acked) as publisher, zmq.Context() as context:
         alone = p99_ms(publisher, rounds)

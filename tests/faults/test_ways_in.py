@@ -34,7 +34,7 @@ def port_of(endpoint: str) -> int:
 
 def test_a_tape_that_stands_still_blocks_no_push_client_and_what_is_shed_is_counted(make_bus, size, figures):
     bus = make_bus(["schema", "store"]).start()
-    count = size(120_000, 500_000, 2_000_000)
+    count = size(80_000, 500_000, 2_000_000)
     with pushing(bus.ingest) as send:
         send(FRAME)
         bus.wait_for(lambda s: received(s) == 1, "the first event")
