@@ -132,6 +132,7 @@ class Nemesis:
                 self._take_back(time.monotonic())
                 self.keep_alive()
                 pause.wait(min(left, 0.05))
+            self._take_back(time.monotonic())
             if step.kind and step.kind not in self.impossible:
                 getattr(self, f"do_{step.kind}")(step, random.Random(step.chance))
                 self.done[step.kind] = self.done.get(step.kind, 0) + 1
@@ -181,7 +182,7 @@ class Nemesis:
             status = Path(f"/proc/{process.pid}/status").read_text()
             raise AssertionError(f"asked to stop, the bus runs on:\n{self.bus.output()}\n{status}") from None
         # before its handlers are in place a signal ends the process at once
-        assert code in (0, 130, -signal.SIGTERM) or self.filler.exists(), (code, self.bus.output())
+        assert code in (0, 130, -signal.SIGTERM, -signal.SIGINT) or self.filler.exists(), (code, self.bus.output())
         self.bus.spawn()
         self.restarts += 1
 
