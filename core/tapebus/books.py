@@ -20,7 +20,7 @@ REJECTED, DROPPED, DEAD = "rejected.", "dropped.", "dead."
 UNSEQUENCED = LEGACY[1].name
 #: The account into which those of producers long gone are added up.
 FINISHED = b"finished".ljust(16, b"\0")
-#: Seconds without a word after which a producer is long gone.
+#: Seconds without an event after which a producer is long gone.
 GONE_S = 30 * 86400.0
 #: With more accounts than this, those long gone are added up although their events are still on the tape.
 MANY = 10_000
@@ -143,26 +143,25 @@ class _Named(Struct):
 
 
 def fold(
-    accounts: list[ProducerBook], first_seq: int, now: float, many: int = MANY
+    accounts: list[ProducerBook], first_seq: int, old_seq: int, many: int = MANY
 ) -> tuple[list[ProducerBook], list[ProducerBook]]:
     """The accounts to go on with, and those that were added up into the one called `FINISHED`.
 
-    An account is what a resent event is recognised by. It may go when the producer has been silent for `GONE_S` and
-    all its events have fallen out of retention (`first_seq` is the oldest on the tape): then no event can come to be
-    on the tape twice. Beyond `many` accounts silence and an empty queue are enough. A clock that jumps ahead folds
-    nothing: time is measured against the newest account.
+    An account is what a resent event is recognised by. It may go when it has not changed since the tape ended at
+    `old_seq`, which is `GONE_S` ago, and all its events have fallen out of retention (`first_seq` is the oldest on
+    the tape): then no event can come to be on the tape twice. Beyond `many` accounts, silence with nothing in flight
+    is enough.
     """
-    now = min(now, max((each.seen_at for each in accounts), default=0.0))
     crowded = len(accounts) > many
     kept: list[ProducerBook] = []
     gone: list[ProducerBook] = []
     total = ProducerBook(FINISHED, 0, "finished")
     for each in accounts:
-        silent = each.epoch != 0 and now - each.seen_at > GONE_S
+        silent = each.epoch != 0 and each.last_bus_seq <= old_seq
         settled = each.last_bus_seq < first_seq or (crowded and each.highest_seq <= each.watermark)
         if each.producer_id == FINISHED:
             total = msgspec.structs.replace(each, rejected=dict(each.rejected), dropped=dict(each.dropped))
-        elif silent and settled:
+        elif silent and settled and old_seq:
             gone.append(each)
         else:
             kept.append(each)

@@ -151,7 +151,7 @@ class Runtime:
         """Open the accounts that are on the tape; those of producers long gone become one."""
         if self.store is None:
             return
-        kept, gone = books.fold(self.store.producers(), self.store.first_seq(), time.time())
+        kept, gone = books.fold(self.store.producers(), self.store.first_seq(), self.store.older(books.GONE_S))
         if gone:
             try:
                 finished = [each for each in kept if each.producer_id == books.FINISHED]

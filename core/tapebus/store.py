@@ -224,4 +224,8 @@ class Store(StoreReader, Protocol):
         `now` is what `steady_clock` shows.
         """
 
+    def older(self, seconds: float) -> int:
+        """The sequence number up to which everything has certainly been on the tape for `seconds`, or for as long as
+        the tape keeps anything; 0 for nothing."""
+
     def purge_dead(self, ids: Iterable[int]) -> int: ...

@@ -46,6 +46,10 @@ class Upkeep:
         self._compress = zstandard.ZstdCompressor(level=3)
         self._expand = zstandard.ZstdDecompressor()
 
+    def older(self, seconds: float) -> int:
+        """The last ``bus_seq`` that is older than `seconds`, or than ``max_age_days`` where that is less."""
+        return self._ages.older(min(seconds, self._max_age) if self._max_age else seconds)
+
     def keep_time(self, ages: Ages) -> None:
         """Continue from what the tape knows about its age."""
         self._ages = ages

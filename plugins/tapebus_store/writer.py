@@ -333,6 +333,10 @@ class LmdbStore(LmdbReader):
             self.suspect("a block could not be sealed")
         return self._upkeep.next_piece(self._tape_record, now) is not None
 
+    def older(self, seconds: float) -> int:
+        """The last ``bus_seq`` on the tape for `seconds`, or for ``max_age_days`` where that is less; 0 for none."""
+        return self._upkeep.older(seconds)
+
     def purge_dead(self, ids: Iterable[int]) -> int:
         """Remove dead letters by id; returns how many there were."""
         return int(self._durably(self._purge, list(ids)))
