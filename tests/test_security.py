@@ -282,7 +282,7 @@ def test_a_subscription_is_granted_as_far_as_the_rights_reach(asked, patterns, e
         ("name = 'a'\nkey = 'short'", ["40 characters", "got 5"]),
         ("name = 'a'\nuid = 1\npublish = ['a*b']", ["publish", "'a*b'"]),
         ("name = 'a'\nuid = 1\nsubscribe = ['']", ["subscribe", "''"]),
-        ("name = 'a'\nuid = 1\npubish = ['a']", ["pubish", "publish"]),
+        ("name = 'a'\nuid = 1\npublishes = ['a']", ["publishes", "publish"]),
         ("name = 'a'\nuid = 1\n[[security.identities]]\nname = 'a'\nuid = 2", ["the same name"]),
         ("name = 'a'\nuid = 1\n[[security.identities]]\nname = 'b'\nuid = 1", ["the same uid"]),
         ("name = 'a'\nloopback = true\n[[security.identities]]\nname = 'b'\nloopback = true", ["the same loopback"]),
