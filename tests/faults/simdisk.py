@@ -62,7 +62,8 @@ class Change(NamedTuple):
     names: tuple[tuple[str, int | None], ...] = ()
 
 
-Image = dict[str, bytes | None]
+#: Content by path; a number stands for so many zeros, None for a directory.
+Image = dict[str, bytes | int | None]
 
 
 class Disk:
@@ -73,6 +74,7 @@ class Disk:
         self.names: dict[str, int] = {}
         self.pending: list[Change] = []
         self._live: dict[str, int] = {}
+        self._written: set[int] = set()
 
     def change(self, call: Call) -> Change | None:
         """What `call` changes, once it is under way."""
@@ -96,6 +98,7 @@ class Disk:
         if path not in self._live:
             return None  # removed, and still open
         if call.kind == "w":
+            self._written.add(self._live[path])
             return Change(self._live[path], call.offset, call.data)
         return Change(self._live[path], call.offset) if call.kind == "t" else None
 
@@ -135,7 +138,7 @@ class Disk:
         return change.data is not None and change.offset >= len(self.files[change.file])
 
     def image(self, chosen: list[Change]) -> Image:
-        """The files of a crash state: what is certain, with `chosen` on top; None stands for a directory."""
+        """The files of a crash state: what is certain, with `chosen` on top."""
         names = dict(self.names)
         touched = {each.file for each in chosen if not each.names}
         files = {file: bytearray(self.files[file]) for file in touched}
@@ -149,7 +152,11 @@ class Disk:
             parent = str(PurePosixPath(path).parent)
             if parent == "." or parent in found:
                 file = names[path]
-                found[path] = None if file == DIRECTORY else bytes(files.get(file, self.files.get(file, b"")))
+                if file == DIRECTORY:
+                    found[path] = None
+                else:
+                    content = files.get(file, self.files[file])
+                    found[path] = bytes(content) if file in self._written else len(content)
         return found
 
 
