@@ -77,6 +77,12 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
         os.replace(fresh, self._path)
+        # what is appended from now on must not be lost with the new name
+        directory = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
         self._file = self._path.open("ab", buffering=0)
         self._lines = len(self._sent)
 

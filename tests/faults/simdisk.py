@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -69,9 +69,9 @@ Image = dict[str, bytes | int | None]
 class Disk:
     """What is on the disk for certain, and what may be, while the calls of a trace are taken one by one."""
 
-    def __init__(self) -> None:
+    def __init__(self, directories: Sequence[str] = ()) -> None:
         self.files: dict[int, bytearray] = {}
-        self.names: dict[str, int] = {}
+        self.names = dict.fromkeys(directories, DIRECTORY)
         self.pending: list[Change] = []
         self._live: dict[str, int] = {}
         self._written: set[int] = set()
@@ -221,15 +221,17 @@ def _tear(change: Change, chance: random.Random) -> list[Change]:
     return [each for each in pieces if chance.random() < 0.5]
 
 
-def crash_states(calls: list[Call], count: int, chance: random.Random) -> Iterator[tuple[int, Image]]:
+def crash_states(
+    calls: list[Call], count: int, chance: random.Random, directories: Sequence[str] = ()
+) -> Iterator[tuple[int, Image]]:
     """About `count` states as (number of calls that had returned, files), in the order of the trace.
 
     Every call is a moment at which the power may go while it is under way. Moments with nothing in doubt have one
-    state each and are visited now and then; the others share what is left.
+    state each and are visited now and then; the others share what is left. `directories` were there before.
     """
     doubtful = _doubtful(calls)
     share = count / max(1, len(doubtful))
-    disk = Disk()
+    disk = Disk(directories)
     for number, call in enumerate(calls):
         change = disk.change(call)
         pending = disk.pending + ([change] if change is not None else [])
