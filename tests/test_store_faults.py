@@ -19,6 +19,7 @@ import tapebus_store
 from tapebus.errors import CorruptError, StoreError, StoreFull
 from tapebus.store import Commit, Unit
 from tapebus_store import quarantine
+from tapebus_store.pages import PageFile
 
 sys.path.insert(0, str(Path(__file__).parent))
 from store_support import fill, open_store, raws, upkeep
@@ -279,6 +280,24 @@ def test_half_a_page_behind_the_last_commit_is_not_taken_for_damage(tmp_path: Pa
     assert len(raws(store.blocks())) == 15
     fill(store, 30)
     store.close()
+
+
+def test_what_lmdb_leaves_of_a_commit_whose_last_write_failed_is_not_taken_for_damage(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    made = fill(store, 3)
+    store.close()
+    data = tmp_path / "tape" / "data.mdb"
+    with PageFile(data) as file:
+        older = min((0, 1), key=lambda number: file.metas[number].txn)
+    with data.open("r+b") as file:
+        file.seek(4096 * older + 128)  # the root of the tree of databases
+        file.write((1 << 20).to_bytes(8, "little"))
+    for _ in range(2):
+        store = open_store(tmp_path)
+        assert store._env.notices == []
+        assert raws(store.blocks()) == raws(made)
+        made += fill(store, 1)
+        store.close()
 
 
 def test_a_first_start_that_was_cut_short_leaves_nothing_in_the_way(tmp_path: Path) -> None:

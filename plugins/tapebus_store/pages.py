@@ -133,6 +133,17 @@ class PageFile:
         )
         return meta if sound else None
 
+    def left_over(self, number: int, newest: Meta) -> bool:
+        """Whether a broken meta page is what LMDB leaves of a commit whose very last write has failed.
+
+        It puts the transaction number of the page back, one below the newest, but not the trees. The page is not in
+        use, and the next commit replaces it.
+        """
+        raw = os.pread(self.fd, 152, number * self.page_size)
+        page, _, flags, _, _ = _HEAD.unpack_from(raw)
+        named = (page, flags, *_META.unpack_from(raw, HEAD)) == (number, META, MAGIC, VERSION)
+        return named and _TAIL.unpack_from(raw, 136)[1] == newest.txn - 1
+
     @staticmethod
     def _plausible(root: int, meta: Meta) -> bool:
         return root == NO_PAGE or 2 <= root <= meta.last_page

@@ -98,12 +98,14 @@ def sound_meta(file: PageFile) -> Meta:
     Nothing in a meta page is checksummed, so each is compared with the tape's record it leads to.
     """
     first, second = file.metas
-    if first is None or second is None:
-        raise CorruptError(f"meta page {0 if first is None else 1} is broken")
-    newest = max(first, second, key=lambda each: each.txn)
+    newest = file.newest
+    for number, each in enumerate(file.metas):
+        if each is None and (newest is None or not file.left_over(number, newest)):
+            raise CorruptError(f"meta page {number} is broken")
+    assert newest is not None
     if newest.txn < 2:
         return newest
-    if abs(first.txn - second.txn) != 1:
+    if first is not None and second is not None and abs(first.txn - second.txn) != 1:
         raise CorruptError(f"the meta pages name transactions {first.txn} and {second.txn}")
     # the record is small and its tree is one page deep or two, so this is a handful of reads
     record = tape_record(file, newest)
