@@ -183,12 +183,13 @@ class Checker:
         for unit in cursors.values():
             if unit.cursor > last:
                 raise Violation(f"cursor: {unit.consumer} is at {unit.cursor}, the tape ends at {last}")
+        why: list[str] = []
         for number in range(promise.ended, promise.begun + 1):
             content = self.oracle.contents[number]
-            why = self._difference(store, content, last, books, cursors)
-            if not why:
+            why.append(self._difference(store, content, last, books, cursors))
+            if not why[-1]:
                 return content
-        raise Violation(f"transaction: neither before nor after the last one: {why}")
+        raise Violation(f"transaction: neither before nor after the last one: {'; '.join(why)}")
 
     def _difference(
         self, store: Any, content: Content, last: int, books: dict[tuple[bytes, int], ProducerBook], cursors: Any

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import lmdb
@@ -17,11 +18,14 @@ from simdisk import mark
 
 import tapebus.runtime
 import tapebus.tapewriter
+import tapebus_store
+from tapebus import hookimpl
 from tapebus.cli import main
 from tapebus.store import Commit
 from tapebus.tapewriter import TapeWriter
 
 encode = msgspec.msgpack.Encoder().encode
+open_store = tapebus_store.tapebus_open_store
 TRACE = os.open(os.environ["RECORD_TRACE"], os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
 
@@ -70,13 +74,19 @@ class MarkedRing(Marked):
 
 class Traced(TapeWriter):
     def __init__(self, ring: Any, ingest: Any, store: Any, *rest: Any) -> None:
-        super().__init__(MarkedRing(ring), ingest, MarkedStore(store), *rest)  # type: ignore[arg-type]
+        super().__init__(MarkedRing(ring), ingest, store, *rest)  # type: ignore[arg-type]
 
 
 class AckFirst(Traced):
     def _commit(self, block: Any, units: Any, changed: list[int]) -> None:
         self.ring.acknowledge(changed)
         super()._commit(block, units, changed)
+
+
+@hookimpl
+def tapebus_open_store(data_dir: Path, config: dict[str, Any], readonly: bool) -> Any:
+    store = open_store(data_dir, config, readonly)
+    return store if readonly else MarkedStore(store)
 
 
 def sabotage(name: str) -> type[TapeWriter]:
@@ -90,5 +100,6 @@ if __name__ == "__main__":
     config, *how = sys.argv[1:]
     # sealing and retention all the time instead of every ten seconds
     tapebus.tapewriter.UPKEEP_BUSY_S = tapebus.tapewriter.UPKEEP_IDLE_S = 0.03
+    tapebus_store.tapebus_open_store = tapebus_open_store
     tapebus.runtime.TapeWriter = sabotage(how[0] if how else "")  # type: ignore[misc]
     sys.exit(main(["run", "--config", config]))
