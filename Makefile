@@ -1,4 +1,4 @@
-# make demo · make test · make faults · make sabotage · make build · make lint · make bench · make asan · make wheel · make clean
+# make demo · make test · make faults · make sabotage · make build · make lint · make bench · make asan · make wheel · make lock · make clean
 # PYTHON=/path/to/python3.13 chooses another interpreter than the first suitable one on PATH.
 
 VENV    := .venv
@@ -14,7 +14,7 @@ COMPILED := ring scan blocks outbox ingest
 
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: demo test faults sabotage build lint format bench asan wheel clean
+.PHONY: demo test faults sabotage build lint format bench asan wheel lock lock-check clean
 
 demo: $(VENV)/.built
 	@$(BIN)/tapebus demo
@@ -59,6 +59,20 @@ wheel: $(VENV)/.built
 	@$(BIN)/python -m pip wheel -qq --disable-pip-version-check --no-deps --no-build-isolation -w dist .
 	@$(PIP) --no-deps --target build/wheel dist/tapebus-*.whl
 	@cd build/wheel && PYTHONPATH=. ../../$(BIN)/python ../../.ci/check_wheel.py
+
+# The versions of all dependencies with the hashes of their files. It names no place to get them from.
+lock: $(VENV)/.built
+	@$(PIP) pip-tools
+	@{ echo "# The tested versions with the hashes of their files: pip install --require-hashes -r requirements.lock"; \
+	echo "# Renewed by: make lock"; \
+	$(BIN)/pip-compile --quiet --upgrade --generate-hashes --strip-extras --all-extras --no-emit-index-url \
+	--no-emit-trusted-host --no-emit-find-links --no-annotate --no-header --output-file - pyproject.toml; \
+	} >requirements.lock.new && mv requirements.lock.new requirements.lock
+
+# Whether pip accepts the lock file as it stands.
+lock-check: $(BIN)/python
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --dry-run --ignore-installed --only-binary :all: \
+	--require-hashes --requirement requirements.lock
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info core/*.egg-info plugins/*.egg-info examples/*/build examples/*/*.egg-info

@@ -27,6 +27,7 @@ PUBLIC = {
     "tapebus.failpoints",
     "tapebus.hookspecs",
     "tapebus.plugins",
+    "tapebus.redaction",
     "tapebus.replay",
     "tapebus.store",
     "tapebus.testing",

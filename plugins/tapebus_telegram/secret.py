@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tapebus.errors import ConfigError
+from tapebus.redaction import register
 
 _SHAPE = re.compile(r"[0-9]{1,20}:[A-Za-z0-9_-]{8,200}")
 #: Anything that looks like a bot token, so that a token this process does not know is masked as well.
@@ -129,6 +130,7 @@ def read_token(where: Any) -> Secret:
     value = value.strip()
     if not _SHAPE.fullmatch(value):
         raise ConfigError(f"{key}: {place} holds no bot token (expected digits, a colon, letters); copy it again")
+    register(value)
     return Secret(value)
 
 
