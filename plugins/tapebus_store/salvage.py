@@ -114,7 +114,7 @@ class Salvage:
             self.file.damage.append((0, "the meta pages have changed places"))
         for meta in found:
             record = self._record_of(meta)
-            if record is not None and record.txn in (0, meta.txn):
+            if record is not None and record.txn in (0, meta.txn) and self._leads_to_all(meta):
                 return meta
         if found:
             return found[0]
@@ -122,6 +122,15 @@ class Salvage:
         self._free_known = False
         roots = [(record.txn, root) for root in self.file.roots() if (record := self._record_of(root)) is not None]
         return max(roots, key=lambda each: each[0])[1] if roots else None
+
+    def _leads_to_all(self, meta: Meta) -> bool:
+        """Whether the records of all databases are sound, and so what the meta page says of their pages."""
+        damage, seen = len(self.file.damage), bytes(self.file.seen)
+        names = self.file.databases(meta)
+        sound = len(self.file.damage) == damage and all(name in names for name in NAMES)
+        del self.file.damage[damage:]
+        self.file.seen[:] = seen
+        return sound
 
     def _record_of(self, meta: Meta) -> books.TapeRecord | None:
         damage = len(self.file.damage)

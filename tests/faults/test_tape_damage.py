@@ -102,6 +102,8 @@ def test_a_flipped_bit_anywhere_loses_at_most_the_block_it_is_in(tape, size, cha
     bits[: count // 10] = [
         chance.randrange(8192) // 4096 * 32768 + chance.randrange(152 * 8) for _ in bits[: count // 10]
     ]
+    # a last page that names too early an end, of either meta page
+    bits[:2] = [1095, 32768 + 1095]
     cases = [{"kind": "flip", "bits": [bit]} for bit in bits]
     check(tape, cases, [{bit // 32768} for bit in bits], figures)
 

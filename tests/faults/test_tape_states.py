@@ -448,4 +448,4 @@ def test_a_data_directory_of_somebody_else_is_refused(make_bus):
     os.chown(bus.data_dir, 12345, 12345)
     refused = tapebus(bus, "run")
     assert refused.returncode == 78
-    assert "belongs to" in refused.stderr and len(refused.stderr.strip().splitlines()) == 1
+    assert "belongs to" in refused.stderr.splitlines()[-1]
