@@ -10,7 +10,7 @@ GROUP    = $(BIN)/python -c 'import sys, tomllib; \
 SOURCES := $(wildcard core/tapebus/*.pyx core/tapebus/*.pxd core/tapebus/*.h)
 WORKERS ?= 2
 # What `make asan` tests: the modules that handle memory themselves.
-COMPILED := ring scan blocks outbox ingest
+COMPILED := ring scan blocks outbox ingest decode codec
 
 export PIP_ROOT_USER_ACTION := ignore
 
@@ -46,12 +46,17 @@ format: $(VENV)/.lint
 bench: $(VENV)/.built $(VENV)/.bench
 	@$(BIN)/python -m bench $(ARGS)
 
-# Compiled modules under the address and undefined-behaviour sanitizers, built beside the normal ones.
+# Compiled modules under the address, undefined-behaviour and leak sanitizers, built beside the normal ones: their tests,
+# then damaged frames (make asan SIZE=long for two million and more).
+asan: SIZE := quick
 asan: $(VENV)/.built $(VENV)/.test
 	@TAPEBUS_SANITIZE=1 $(BIN)/python setup.py --quiet build --build-base build/asan --build-lib build/asan/lib
-	@PYTHONPATH=build/asan/lib PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 \
+	@PYTHONPATH=build/asan/lib PYTHONMALLOC=malloc TAPEBUS_SANITIZE=1 \
+	ASAN_OPTIONS=detect_leaks=1:leak_check_at_exit=0 LSAN_OPTIONS=suppressions=tests/lsan.supp \
+	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	LD_PRELOAD="$$($(or $(CC),gcc) -print-file-name=libasan.so)" \
-	$(BIN)/pytest -q -p no:cacheprovider $(or $(wildcard $(COMPILED:%=tests/test_%*.py)),$(error no tests)) $(ARGS)
+	$(BIN)/pytest -q -p no:cacheprovider --timeout 7200 --faults $(SIZE) \
+	$(or $(wildcard $(COMPILED:%=tests/test_%*.py)),$(error no tests)) tests/faults/test_fuzz_frames.py $(ARGS)
 
 # The wheel, installed alone: compiled modules, plugins and command are all inside.
 wheel: $(VENV)/.built

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import os
 import shutil
@@ -57,6 +59,16 @@ def no_thread_survives() -> Iterator[None]:
         if not thread.daemon:
             thread.join(PATIENCE)
             assert not thread.is_alive(), f"thread {thread.name!r} is still running: something was not closed"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def nothing_leaks() -> Iterator[None]:
+    """Under the leak sanitizer (``make asan``): memory that nothing points to any more is a failure."""
+    yield
+    if os.environ.get("TAPEBUS_SANITIZE"):
+        gc.collect()
+        check = getattr(ctypes.CDLL(None), "__lsan_do_recoverable_leak_check")
+        assert check() == 0, "memory was leaked: see the sanitizer's report"
 
 
 @pytest.fixture(scope="session")

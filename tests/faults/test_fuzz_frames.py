@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import threading
 import time
 from pathlib import Path
@@ -162,7 +163,8 @@ def test_every_frame_is_stored_as_sent_or_counted_and_delivered_as_strict_decode
         rss_growth_mb=round(grown / 1e6, 1),
     )
     assert way.refused and way.faults and way.events > way.faults
-    assert grown < 64 << 20
+    # a sanitizer keeps freed memory for a while, and has leaks in view itself
+    assert grown < 64 << 20 or os.environ.get("TAPEBUS_SANITIZE")
 
 
 def test_damaged_frames_in_great_number_break_nothing(seeds, size, chance, figures):
