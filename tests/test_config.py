@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from pathlib import Path
 
@@ -150,3 +151,29 @@ def test_secrets_come_from_private_files_or_variables(tmp_path, monkeypatch):
         with pytest.raises(ConfigError, match=r"plugins\.telegram\.token") as caught:
             read_secret(wrong, "plugins.telegram.token")
         assert "plain" not in str(caught.value)
+
+
+def test_a_data_dir_that_is_a_link_is_refused_with_its_target(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with pytest.raises(ConfigError, match="symbolic link") as caught:
+        Config.defaults(data_dir=tmp_path / "link").prepare()
+    assert str(tmp_path / "real") in str(caught.value) and caught.value.exit_code == 78
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a directory away")
+def test_a_data_dir_of_another_user_is_refused(tmp_path):
+    (tmp_path / "theirs").mkdir()
+    os.chown(tmp_path / "theirs", 4242, 4242)
+    with pytest.raises(ConfigError, match="another user"):
+        Config.defaults(data_dir=tmp_path / "theirs").prepare()
+
+
+@pytest.mark.parametrize("control", ["tcp://127.0.0.1:5573", "ipc://@abstract", "ipc://relative.sock", "ipc://*"])
+def test_control_is_an_absolute_path_and_nothing_else(tmp_path, control):
+    assert "listen.control" in refusal(tmp_path, f"[listen]\ncontrol = '{control}'")
+
+
+def test_a_memory_limit_below_what_the_bus_needs_is_refused(tmp_path):
+    assert "bus.memory_limit_mb = 100" in refusal(tmp_path, "[bus]\nmemory_limit_mb = 100")
+    assert load(tmp_path, "[bus]\nmemory_limit_mb = 512").bus.memory_limit_mb == 512

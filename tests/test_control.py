@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
 import zmq
@@ -102,3 +104,37 @@ def test_a_stopped_bus_no_longer_answers(embed):
     bus.stop()
     with pytest.raises(BusNotRunning):
         request(bus.config, {"cmd": "stats"}, timeout=0.2)
+
+
+def test_an_unknown_field_in_a_request_is_refused(embed):
+    bus = embed(["schema", "store"])
+    with pytest.raises(TapebusError, match="extra"):
+        bus.request("stats", extra=1)
+
+
+ASK = """
+import os, sys, zmq
+socket = zmq.Context().socket(zmq.DEALER)
+os.setgid(4343); os.setuid(4343)
+socket.linger, socket.rcvtimeo = 0, 20_000
+socket.connect(sys.argv[1])
+socket.send(b'{"cmd": "stats"}')
+print(socket.recv().decode())
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_another_user_is_refused_even_where_the_modes_let_it_in(embed, data_dir):
+    bus = embed(["schema", "store"])
+    path = bus.config.control_endpoint.removeprefix("ipc://")
+    for place in (data_dir, bus.data_dir, os.path.dirname(path), path):
+        os.chmod(place, 0o777)
+    done = subprocess.run(
+        [sys.executable, "-c", ASK, bus.config.control_endpoint],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert "belongs to uid 0" in done.stdout, done.stderr
+    assert "last_seq" in str(bus.request("stats"))
