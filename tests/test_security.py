@@ -10,9 +10,9 @@ import msgspec
 import pytest
 import zmq
 
-from bus_support import PATIENCE, feed_messages, pushing, quote, wait_until
+from bus_support import PATIENCE, Seen, feed_messages, plugin, pushing, quote, wait_until
 from security_support import ID, Gate, frame, listening
-from tapebus import Config, Runtime, wire
+from tapebus import Config, Consumer, Runtime, wire
 from tapebus.blocks import crc32c
 from tapebus.curve import generate, public_key
 from tapebus.errors import ConfigError
@@ -531,3 +531,17 @@ def test_a_local_way_in_remains_when_all_given_ones_are_guarded(tmp_path):
     config = Config.load(file, environ={})
     assert config.acked_endpoints == ["tcp://0.0.0.0:5572", "ipc:///x/d/run/ingest.sock"]
     assert config.own_endpoint == "ipc:///x/d/run/ingest.sock"
+
+
+@pytest.mark.parametrize("kind", ["market_data", "nobody_registered_this"])
+def test_a_messagepack_extension_is_never_delivered(embed, kind):
+    seen = Seen()
+    bus = embed(["schema", "store"], ("seen", plugin(Consumer(name="seen", topics=["*"], handler=seen))))
+    with pushing(bus.ingest) as send:
+        for value in (msgspec.msgpack.Ext(5, b"code"), "plain"):
+            data = {**quote(1), "x": value}
+            send(msgspec.msgpack.encode({"event_type": kind, "timestamp": 1.5, "source": "t", "data": data}))
+        wait_until(lambda: seen.events, "the plain one")
+    assert len(seen.events) == 1
+    with bus.tape() as tape:
+        wait_until(lambda: list(tape.dead_letters()), "the dead letter")
