@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import queue
 import secrets
+import select
 import signal
 import sys
 import threading
@@ -71,8 +71,9 @@ class Runtime:
     def __init__(self, config: Config | None = None, plugins: Iterable[tuple[str, Any]] = ()) -> None:
         self.config = config if config is not None else Config.load()
         self._extra = list(plugins)
-        # unlike an Event, it may be put to by a signal handler that interrupts the very thread that waits on it
-        self._stop_asked: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._stop_asked = False
+        #: A pipe written to by whoever asks to stop, and by every signal whichever thread it reaches; only in `run`.
+        self._bell: tuple[int, int] | None = None
         self._failure: BaseException | None = None
         self._started = False
         self._closing: list[Any] = []
@@ -260,12 +261,12 @@ class Runtime:
             for plugin, consumer, start in self.wiring.processes
         ]
 
-    def _stopped_within(self, seconds: float) -> bool:
-        try:
-            self._stop_asked.get(timeout=seconds)
-        except queue.Empty:
-            return False
-        return True
+    def _stopped_within(self, seconds: float | None) -> bool:
+        if self._bell is None:
+            threading.Event().wait(seconds)
+        elif not self._stop_asked and select.select(self._bell[:1], [], [], seconds)[0]:
+            os.read(self._bell[0], 4096)
+        return self._stop_asked
 
     def _socket(self, kind: int, endpoint: str, key: str) -> zmq.Socket[bytes]:
         socket: zmq.Socket[bytes] = self._zmq.socket(kind)
@@ -352,7 +353,7 @@ class Runtime:
                 log.critical("%s", error)
             else:
                 log.critical("the bus must stop: %s", error, exc_info=error)
-        self._stop_asked.put(None)
+        self.ask_to_stop()
 
     @property
     def consumers(self) -> list[Fence | ProcessConsumer]:
@@ -360,8 +361,13 @@ class Runtime:
         return [*self.wiring.fences, *self.processes]
 
     def ask_to_stop(self) -> None:
-        """Let `run` return soon; safe in a signal handler."""
-        self._stop_asked.put(None)
+        """Let `run` return soon; safe in a signal handler and from any thread."""
+        self._stop_asked = True
+        bell = self._bell
+        if bell is not None:
+            # a full pipe wakes as well
+            with contextlib.suppress(OSError):
+                os.write(bell[1], b"!")
 
     def stop(self) -> None:
         """Drain for at most ``bus.drain_s`` seconds, commit, acknowledge, say goodbye, close."""
@@ -490,6 +496,9 @@ class Runtime:
             asked = True
             self.ask_to_stop()
 
+        self._bell = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        # the kernel may hand a signal to any thread, and only this one runs its handler: it must not sleep through it
+        wakeup = signal.set_wakeup_fd(self._bell[1], warn_on_full_buffer=False)
         previous = {each: signal.signal(each, on_signal) for each in (signal.SIGINT, signal.SIGTERM)}
         try:
             self.start()
@@ -498,7 +507,8 @@ class Runtime:
                 channel.ready()
                 self.statistics.channel = channel
             log.info("running on %s (pid %d); %s", self.config.data_dir, os.getpid(), versions.line())
-            self._stop_asked.get()
+            while not self._stopped_within(None):
+                pass
             last_resort = threading.Timer(self.config.bus.drain_s + STOP_GRACE_S, self._give_up)
             last_resort.daemon = True
             last_resort.start()
@@ -511,6 +521,10 @@ class Runtime:
         finally:
             for each, handler in previous.items():
                 signal.signal(each, handler)
+            signal.set_wakeup_fd(wakeup)
+            bell, self._bell = self._bell, None
+            for fd in bell:
+                os.close(fd)
             sys.stdout.flush()
         if self._failure is None:
             return 0

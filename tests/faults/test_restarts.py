@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 import random
 import signal
 import subprocess
@@ -26,6 +28,8 @@ PLUGINS = ["schema", "store", "outcomes", "slots", "telegram", *DERIVED]
 QUEUED, FRAME = 100_000, 250
 #: Seconds: draining may take 5 and closing 5 more; then the bus ends itself with code 1.
 LIMIT = 15.0
+#: Number of the system call tgkill on x86-64; other machines have others.
+TGKILL = 234
 
 
 def burst() -> list[bytes]:
@@ -171,3 +175,19 @@ def test_a_log_that_nobody_reads_stops_neither_the_bus_nor_its_end(make_bus, tmp
         process.send_signal(signal.SIGTERM)
         assert process.wait(LIMIT) == 0
         bus.process = None
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the number of tgkill is known for x86-64 only")
+def test_a_signal_that_reaches_another_thread_than_the_main_one_stops_the_bus(make_bus):
+    bus = make_bus(["schema", "store"]).start()
+    others = [int(each.name) for each in Path(f"/proc/{bus.process.pid}/task").iterdir()]
+    others.remove(bus.process.pid)
+    # the thread of the control socket, or any other that Python started: those of ZeroMQ let no signal in
+    tid = next(each for each in sorted(others) if blocked_signals(bus.process.pid, each) == 0)
+    assert ctypes.CDLL(None).syscall(TGKILL, bus.process.pid, tid, int(signal.SIGTERM)) == 0
+    wait_for_end(bus, "term")
+
+
+def blocked_signals(pid: int, tid: int) -> int:
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/task/{tid}/status").read_text().splitlines())
+    return int(status["SigBlk"], 16)
