@@ -240,7 +240,14 @@ def embed(data_dir: Path, free_ports: Callable[[int], list[int]]) -> Iterator[Ca
 
     made: list[Any] = []
 
-    def make(names: Sequence[str], *plugins: tuple[str, Any], extra: str = "", bus: str = "", again: Any = None) -> Any:
+    def make(
+        names: Sequence[str],
+        *plugins: tuple[str, Any],
+        extra: str = "",
+        bus: str = "",
+        listening: str = "",
+        again: Any = None,
+    ) -> Any:
         if again is None:
             listen = [f"tcp://127.0.0.1:{port}" for port in free_ports(3)]
             directory = data_dir / f"data{len(made)}"
@@ -249,7 +256,7 @@ def embed(data_dir: Path, free_ports: Callable[[int], list[int]]) -> Iterator[Ca
         file = data_dir / f"tapebus{len(made)}.toml"
         file.write_text(
             f"[bus]\ndata_dir = {json.dumps(str(directory))}\npublish_heartbeat = false\n{bus}\n"
-            f'[listen]\nfeed = "{listen[0]}"\ningest = "{listen[1]}"\nacked = "{listen[2]}"\n'
+            f'[listen]\nfeed = "{listen[0]}"\ningest = "{listen[1]}"\nacked = "{listen[2]}"\n{listening}\n'
             f"[plugins]\nenabled = {json.dumps(list(names))}\n{extra}\n"
         )
         made.append(Embedded(Config.load(file, environ={}), list(plugins)))

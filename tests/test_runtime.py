@@ -308,7 +308,7 @@ def test_a_port_in_use_is_named_and_nothing_is_left_running(embed):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", port))
         taken.listen()
-        message = refusal(embed, TapebusError, again=bus)
+        message = refusal(embed, TapebusError, again=bus, listening="wait_s = 0.1")
     assert "listen.ingest" in message
     assert str(port) in message
     embed(["schema", "store"], again=bus).publish(1)

@@ -30,6 +30,8 @@ _NODE = struct.Struct("<HHHH")
 _DB = struct.Struct("<IHHQQQQQ")
 _META = struct.Struct("<II16x")
 _TAIL = struct.Struct("<QQ")
+#: What a meta page holds, page header included.
+META_BYTES = 152
 
 
 class Tree(NamedTuple):
@@ -117,8 +119,8 @@ class PageFile:
         return [each for each in found if each is not None]
 
     def _meta(self, place: int, number: int) -> Meta | None:
-        raw = os.pread(self.fd, 152, place * self.page_size)
-        if len(raw) < 152:
+        raw = os.pread(self.fd, META_BYTES, place * self.page_size)
+        if len(raw) < META_BYTES:
             return None
         page, _, flags, _, _ = _HEAD.unpack_from(raw)
         magic, version = _META.unpack_from(raw, HEAD)
@@ -139,7 +141,9 @@ class PageFile:
         It puts the transaction number of the page back, one below the newest, but not the trees. The page is not in
         use, and the next commit replaces it.
         """
-        raw = os.pread(self.fd, 152, number * self.page_size)
+        raw = os.pread(self.fd, META_BYTES, number * self.page_size)
+        if len(raw) < META_BYTES:
+            return False
         page, _, flags, _, _ = _HEAD.unpack_from(raw)
         named = (page, flags, *_META.unpack_from(raw, HEAD)) == (number, META, MAGIC, VERSION)
         return named and _TAIL.unpack_from(raw, 136)[1] == newest.txn - 1
