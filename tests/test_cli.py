@@ -102,6 +102,13 @@ def test_check_sees_where_no_directory_can_be_made(capsys, place):
     assert f"{place} cannot be created" in capsys.readouterr().out
 
 
+def test_check_names_a_directory_that_others_use(capsys, tmp_path):
+    tmp_path.chmod(0o1777)
+    assert main(["check", "--data-dir", str(tmp_path)]) == 78
+    assert f"{tmp_path}: other users may write there" in capsys.readouterr().out
+    assert tmp_path.stat().st_mode & 0o7777 == 0o1777
+
+
 def test_check_leaves_nothing_behind(capsys, tmp_path):
     main(["check", "--data-dir", str(tmp_path / "a" / "b")])
     assert list(tmp_path.iterdir()) == []

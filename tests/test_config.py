@@ -124,6 +124,20 @@ def test_directories_are_created_private_and_repaired(tmp_path):
         assert stat.S_IMODE(directory.stat().st_mode) == 0o700
 
 
+@pytest.mark.parametrize(("mode", "other", "why"), [(0o1777, "", "may write"), (0o755, "other", "holds other things")])
+def test_a_directory_for_others_is_refused_and_not_taken_away_from_them(tmp_path, mode, other, why):
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(mode)
+    if other:
+        (shared / other).write_text("")
+    with pytest.raises(ConfigError, match=why):
+        Config.defaults(data_dir=shared).prepare()
+    assert stat.S_IMODE(shared.stat().st_mode) == mode
+    shared.chmod(0o700)
+    Config.defaults(data_dir=shared).prepare()
+
+
 def test_a_data_dir_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"bus\.data_dir"):

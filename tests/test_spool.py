@@ -354,6 +354,15 @@ def test_a_directory_that_is_none_is_refused(spool_dir, caplog, prepare, why):
     assert why in caplog.text
 
 
+def test_a_directory_for_all_users_is_left_as_it_is(spool_dir, caplog):
+    spool_dir.mkdir()
+    spool_dir.chmod(0o1777)
+    with Publisher("guard", "tcp://127.0.0.1:1", spool="crash", spool_dir=spool_dir) as pub:
+        assert pub.stats()["spool"] == "memory"
+    assert stat.S_IMODE(spool_dir.stat().st_mode) == 0o1777
+    assert "other users may write there" in caplog.text
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give a directory away")
 def test_a_directory_of_another_user_is_refused(spool_dir, caplog):
     spool_dir.mkdir(mode=0o700)

@@ -21,12 +21,15 @@ from msgspec import Meta, Struct
 
 from tapebus.errors import ConfigError
 from tapebus.limits import MIN_MEMORY_MB
+from tapebus.private import made_for_others
 from tapebus.redaction import register
 from tapebus.security import Identity, Security, check_security, is_loopback
 from tapebus.trust import Trusted
 
 #: Room for a socket's name below the 108 bytes of ``sun_path`` (104 on macOS).
 IPC_PATH_LIMIT = 100
+#: Names by which a directory of a bus is known.
+OWN_NAMES = ("tape", "run", "keys", "logs", "*.lock", "*.sock", "*.key")
 
 _Positive = Annotated[float, Meta(gt=0)]
 _NotNegative = Annotated[float, Meta(ge=0)]
@@ -207,7 +210,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def make_private(directory: Path) -> None:
-    """Make `directory` exist with mode 0700, owned by this user and no symbolic link."""
+    """Make `directory` exist with mode 0700, owned by this user and no symbolic link; see `made_for_others`."""
     try:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         found = directory.lstat()
@@ -223,6 +226,8 @@ def make_private(directory: Path) -> None:
         raise ConfigError(f"bus.data_dir = {str(directory)!r}: not a directory; choose another with --data-dir")
     if found.st_uid != os.getuid():
         raise ConfigError(f"{directory}: belongs to another user (uid {found.st_uid}); choose another with --data-dir")
+    if reason := made_for_others(directory, found.st_mode, OWN_NAMES):
+        raise ConfigError(f"bus.data_dir = {str(directory)!r}: {reason}; choose another with --data-dir")
     if stat.S_IMODE(found.st_mode) & 0o077:
         directory.chmod(0o700)
 

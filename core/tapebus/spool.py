@@ -26,6 +26,7 @@ import msgspec
 
 from tapebus._blocks import crc32c
 from tapebus._outbox import Outbox
+from tapebus.private import made_for_others
 
 _log = logging.getLogger("tapebus.publisher")
 
@@ -213,6 +214,8 @@ def _prepare(directory: Path) -> None:
         raise SpoolError(f"{directory}: not a directory")
     if found.st_uid != os.getuid():
         raise SpoolError(f"{directory}: belongs to another user (uid {found.st_uid})")
+    if reason := made_for_others(directory, found.st_mode, (f"*{_SUFFIX}",)):
+        raise SpoolError(f"{directory}: {reason}")
     if stat.S_IMODE(found.st_mode) & 0o077:
         directory.chmod(0o700)
     kind = _file_system(directory)

@@ -15,9 +15,10 @@ import click
 import msgspec
 
 from tapebus.cli.common import json_option, open_tape, with_config
-from tapebus.config import Config
+from tapebus.config import OWN_NAMES, Config
 from tapebus.errors import BusNotRunning, StoreError, TapebusError, UsageError
 from tapebus.ports import in_use
+from tapebus.private import made_for_others
 
 
 class Finding(NamedTuple):
@@ -147,6 +148,8 @@ def _directories(config: Config) -> Iterator[Finding]:
             yield Finding(name, "error", f"{directory} is not a directory; choose another with --data-dir", 78)
         elif found.st_uid != os.getuid():
             yield Finding(name, "error", f"{directory} belongs to uid {found.st_uid}", 78)
+        elif reason := made_for_others(directory, found.st_mode, OWN_NAMES):
+            yield Finding(name, "error", f"{directory}: {reason}; choose another with --data-dir", 78)
         elif stat.S_IMODE(found.st_mode) & 0o077:
             yield Finding(name, "warn", f"{directory} is open to others; run `chmod 700 {directory}`")
         else:
