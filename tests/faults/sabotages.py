@@ -151,7 +151,9 @@ SABOTAGES = [
         "secrets-in-logs",
         "a token is written as it is",
         "core/tapebus/redaction.py",
-        "    for pattern, replacement in _LOOKS_SECRET:\n        text = pattern.sub(replacement, text)\n    return text\n",
+        "    for pattern, replacement in _LOOKS_SECRET:\n"
+        "        text = pattern.sub(replacement, text)\n"
+        "    return text\n",
         "    return text\n",
         ["tests/test_redaction.py"],
     ),
