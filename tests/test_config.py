@@ -114,6 +114,22 @@ def test_control_is_never_on_tcp(tmp_path):
     assert "listen.control" in refusal(tmp_path, "[listen]\ncontrol = 'tcp://127.0.0.1:5573'")
 
 
+def test_relative_paths_count_from_the_directory_of_the_file(tmp_path, monkeypatch):
+    monkeypatch.chdir("/")
+    file = tmp_path / "tapebus.toml"
+    file.write_text(
+        "[bus]\ndata_dir='tape'\nspool_dir='spool'\n[security]\nkey={file='bus.key_secret'}\n"
+        "[plugins.telegram]\ntoken={file='token'}\nfile='other'\n"
+    )
+    config = Config.load(file, environ={})
+    telegram = config.plugin("telegram")
+    found = [config.data_dir, config.bus.spool_dir, config.security.key["file"], telegram["token"]["file"]]
+    assert [str(each) for each in found] == [
+        str(tmp_path / name) for name in ("tape", "spool", "bus.key_secret", "token")
+    ]
+    assert telegram["file"] == "other"
+
+
 def test_directories_are_created_private_and_repaired(tmp_path):
     config = Config.defaults(data_dir=tmp_path / "a" / "tape")
     assert not config.data_dir.exists()

@@ -100,6 +100,18 @@ def test_anybody_else_does_not_get_in(port, who):
     assert port.gets_in(port.client, 20_000), "the door still works"
 
 
+def test_refused_clients_that_try_again_and_again_do_not_fill_the_log(caplog, monkeypatch):
+    door = Door(zmq.Context.instance(), pair(), Rights(Security()))
+    for _ in range(1000):
+        assert not door.callback("publish", pair().public)
+    assert len(caplog.records) == 1
+    monkeypatch.setattr(door, "_tell_at", 0.0)
+    door.callback("subscribe", b"k" * 40)
+    assert caplog.messages[1:] == [
+        f"refused a connection to subscribe with the key {'k' * 40}, 999 more since the last such line"
+    ]
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_while_the_authenticator_is_dead_nobody_gets_in_and_mending_helps(port, monkeypatch):
     def fail(domain, key):
@@ -316,7 +328,7 @@ def test_the_commands_publish_and_tail_work_with_a_key(remote, capsys):
         given = ["--endpoint", f"tcp://127.0.0.1:{ports[2]}", "--key", keys["mt5"]]
         assert main(["publish", "market_data", "symbol=EURUSD", "bid=1.1", "ask=1.2", *given]) == 0
         assert main(["publish", "signal_expired", "signal_id=s1", *given]) == 1
-        assert "1 refused by the bus" in capsys.readouterr().err
+        assert "1 refused by the bus (ingest.topic_denied 1)" in capsys.readouterr().err
         assert main(["--config", str(file), "publish", "signal_expired", "signal_id=s2"]) == 0, "the owner, over ipc"
         assert '"signal_id":"s2"' in tail.stdout.readline()
         given[-1] = keys["stranger"]
@@ -325,6 +337,14 @@ def test_the_commands_publish_and_tail_work_with_a_key(remote, capsys):
     finally:
         tail.kill()
         tail.communicate()
+
+
+def test_keygen_makes_the_key_that_the_configuration_asks_for(tmp_path, capsys):
+    file = tmp_path / "tapebus.toml"
+    file.write_text("[bus]\ndata_dir='tape'\n[listen]\nacked='tcp://0.0.0.0:5573'\n")
+    assert main(["--config", str(file), "check"]) == 78
+    assert main(["--config", str(file), "keygen", "bus"]) == 0
+    assert (tmp_path / "tape" / "keys" / "bus.key_secret").exists()
 
 
 def test_keygen_writes_into_the_data_directory_or_where_it_is_told(tmp_path, capsys):

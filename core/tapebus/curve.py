@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,8 @@ from tapebus.security import KEY_SIZE, Peers, Rights
 
 log = logging.getLogger("tapebus.curve")
 ZAP = "inproc://zeromq.zap.01"  # where libzmq asks
+#: Seconds between two lines about refused connections.
+TELL_S = 10.0
 _FIELD = re.compile(r'^\s*(public-key|secret-key|server-key)\s*=\s*"?([!-~]+?)"?\s*$', re.MULTILINE)
 
 
@@ -73,9 +76,8 @@ def public_key(text: str) -> str:
     try:
         found = dict(_FIELD.findall(Path(text).expanduser().read_text(encoding="ascii")))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{text}: neither a public key of {KEY_SIZE} characters nor a readable file: {error}"
-        ) from None
+        why = error.strerror if isinstance(error, OSError) else "not text"
+        raise ConfigError(f"{text}: neither a public key of {KEY_SIZE} characters nor a readable file: {why}") from None
     if len(found.get("public-key", "")) != KEY_SIZE:
         raise ConfigError(f'{text}: holds no line public-key = "…" with {KEY_SIZE} characters')
     return str(found["public-key"])
@@ -133,6 +135,7 @@ class Door:
         self._keys = keys
         self._rights = rights
         self._authenticator: Any = None
+        self._refused, self._tell_at = 0, 0.0
 
     def open(self) -> None:
         from zmq.auth.thread import ThreadAuthenticator
@@ -158,8 +161,18 @@ class Door:
         if number is not None:
             allowed = bool(self._rights.publish(number) if domain == "publish" else self._rights.subscribe(number))
         if not allowed:
-            log.warning("refused a connection to %s with the key %s", domain, key.decode())
+            self._tell(domain, key.decode())
         return allowed
+
+    def _tell(self, domain: str, key: str) -> None:
+        """A line now and then: who is refused tries again many times a second, and must not fill the disk."""
+        self._refused += 1
+        now = time.monotonic()
+        if now < self._tell_at:
+            return
+        more = f", {self._refused - 1} more since the last such line" if self._refused > 1 else ""
+        log.warning("refused a connection to %s with the key %s%s", domain, key, more)
+        self._refused, self._tell_at = 0, now + TELL_S
 
     def guard(self, socket: zmq.Socket[Any], domain: str) -> None:
         """Make `socket`, not yet bound, ask for a key; `domain` is ``publish`` or ``subscribe``."""

@@ -25,13 +25,13 @@ WIDTH = 100
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
-def load_config(config: str | None = None, data_dir: str | None = None) -> Config:
-    loaded = Config.load(config or None, data_dir=data_dir or None)
+def load_config(config: str | None = None, data_dir: str | None = None, complete: bool = True) -> Config:
+    loaded = Config.load(config or None, data_dir=data_dir or None, complete=complete)
     trust.enforce(loaded.plugins.trusted)
     return loaded
 
 
-def with_config(function: _F) -> _F:
+def with_config(function: _F, complete: bool = True) -> _F:
     """Add ``--config`` and ``--data-dir`` and pass the loaded `Config` as ``config``."""
 
     @click.option("--config", "config_file", type=click.Path(), help="TOML file with the configuration.")
@@ -42,7 +42,7 @@ def with_config(function: _F) -> _F:
         given = ctx.find_root().obj or {}
         path = config_file or given.get("config")
         ctx.meta["tapebus.config_file"] = path
-        config = load_config(path, data_dir or given.get("data_dir"))
+        config = load_config(path, data_dir or given.get("data_dir"), complete)
         return function(*args, config=config, **arguments)
 
     return wrapped  # type: ignore[return-value]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import click
@@ -14,7 +15,7 @@ from tapebus.config import Config, make_private
 @click.argument("name")
 @click.option("--dir", "directory", type=click.Path(), help="Where to write; default: keys in the data directory.")
 @click.option("--server", default="", help="For a client: the public key of its bus, or the file with it.")
-@with_config
+@partial(with_config, complete=False)
 def keygen(config: Config, name: str, directory: str | None, server: str) -> None:
     """Write a CURVE key pair: NAME.key to give away, NAME.key_secret (0600) to keep. Overwrites nothing."""
     from tapebus.curve import generate

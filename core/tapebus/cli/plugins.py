@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 import click
 import msgspec
 
-from tapebus.cli.common import clock, json_option, table, visible, with_config
+from tapebus.cli.common import WIDTH, clock, json_option, table, visible, with_config
 from tapebus.config import Config
 from tapebus.errors import BusNotRunning, TapebusError, UsageError
 
@@ -56,7 +57,9 @@ def _tell_breakers(consumers: list[dict[str, Any]]) -> None:
         restarts = f", {each['restarts']} restarts" if each["restarts"] else ""
         click.echo(f"\n{each['name']}: {each['state']}{again}{restarts}")
         for at, state, reason in each["history"][-5:]:
-            click.echo(visible(f"  {clock(at)}  {state:<10}  {reason}"))
+            first = f"  {clock(at)}  {state:<10}  "
+            lines = textwrap.wrap(visible(reason), WIDTH, initial_indent=first, subsequent_indent=" " * len(first))
+            click.echo("\n".join(lines))
 
 
 def _print_hashes() -> None:
@@ -124,7 +127,7 @@ def _add_state(config: Config, rows: list[dict[str, Any]]) -> None:
         row["state"] = ",".join(sorted({each["state"] for each in mine})) or ("loaded" if row["enabled"] else "")
 
 
-def _steer(verb: str, text: str) -> None:
+def _steer(verb: str, done: str, text: str) -> None:
     @plugins.command(verb, help=text)
     @click.argument("consumer")
     @click.pass_context
@@ -132,12 +135,12 @@ def _steer(verb: str, text: str) -> None:
         from tapebus.control import request
 
         request(ctx.meta["tapebus.loaded"], {"cmd": verb, "consumer": consumer})
-        click.echo(f"{consumer}: {verb} done")
+        click.echo(f"{consumer}: {done}")
 
 
-_steer("pause", "Stop giving events to CONSUMER; its cursor stands still.")
-_steer("resume", "Let a paused CONSUMER continue from the tape.")
-_steer("reset", "Close the breaker of CONSUMER now; start its process anew where it has one.")
+_steer("pause", "paused", "Stop giving events to CONSUMER; its cursor stands still.")
+_steer("resume", "resumed", "Let a paused CONSUMER continue from the tape.")
+_steer("reset", "reset", "Close the breaker of CONSUMER now; start its process anew where it has one.")
 
 
 @plugins.command()

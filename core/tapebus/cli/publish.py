@@ -65,12 +65,16 @@ def publish(
         except BusNotRunning:
             hint = "start one with `tapebus run`" if pub.local else "start it, or check that it knows your key"
             raise BusNotRunning(f"no bus answers at {pub.endpoint}: {hint}") from None
-        acks_mean = "on disk" if pub.stats()["durable"] else "dispatched, there is no store"
+        books = pub.stats()
+        acks_mean = "on disk" if books["durable"] else "dispatched, there is no store"
     if not summary.events:
         click.echo("0 events published: there was nothing on standard input")
         return
     if summary.acked < summary.events:
-        refused = f"{summary.rejected} refused by the bus, {summary.unsendable} too large or not encodable"
+        reasons = ", ".join(f"{reason} {count}" for reason, count in books["rejected"].items())
+        refused = f"{summary.rejected} refused by the bus{f' ({reasons})' if reasons else ''}"
+        if summary.unsendable:
+            refused += f", {summary.unsendable} too large or not encodable"
         raise TapebusError(f"{summary.acked} of {summary.events} events published; {refused}")
     click.echo(f"{summary.acked} event{'s' * (summary.acked != 1)} published ({acks_mean})")
     letters = verdict.wait(timeout)

@@ -24,7 +24,7 @@ def stats(config: Config, everything: bool, as_json: bool) -> None:
     if as_json:
         click.echo(msgspec.json.encode(found))
         return
-    _bus(found["bus"])
+    _bus(found["bus"], found["store"].get("dead_letters", 0))
     _producers(found["producers"], everything)
     click.echo(found["books"]["line"])
     click.echo("\nconsumers")
@@ -92,7 +92,7 @@ def _figure(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def _bus(bus: dict[str, Any]) -> None:
+def _bus(bus: dict[str, Any], dead_letters: int) -> None:
     rows = [
         ("uptime", f"{bus['uptime_s']:,.0f} s"),
         ("last bus_seq", f"{bus['last_seq']:,}"),
@@ -100,7 +100,7 @@ def _bus(bus: dict[str, Any]) -> None:
         ("stored", f"{bus['stored']:,}"),
         ("rejected", _reasons(bus["rejected"])),
         ("dropped", _reasons(bus["dropped"])),
-        ("dead letters", _reasons(bus["dead_letters"])),
+        ("dead letters", f"{dead_letters:,}"),
         ("memory", f"{bus['rss_bytes'] / 1e6:,.0f} MB"),
     ]
     for name, value in rows:
