@@ -233,7 +233,10 @@ def acquire(path: Path, *, readonly: bool, map_size: int) -> Environment:
     with _mutex:
         found = _shared.get(path)
         if found is None:
-            notices = _make_fit(path, map_size) if not readonly else _refuse_damaged(data)
+            try:
+                notices = _make_fit(path, map_size) if not readonly else _refuse_damaged(data)
+            except OSError as error:
+                raise StoreError(f"{path}: the tape cannot be opened: {error}") from error
             found = _shared[path] = Environment(path, readonly=readonly, map_size=map_size)
             found.notices = notices
             if not readonly:

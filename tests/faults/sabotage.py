@@ -50,11 +50,12 @@ class Copy:
         text = path.read_text()
         if text.count(sabotage.old) != 1:
             raise SystemExit(f"{sabotage.name}: its text is not in {sabotage.file} exactly once")
+        self._whole = text
         path.write_text(text.replace(sabotage.old, sabotage.new))
         self._compile(sabotage)
 
     def restore(self, sabotage: Sabotage) -> None:
-        shutil.copy(ROOT / sabotage.file, self.root / sabotage.file)
+        (self.root / sabotage.file).write_text(self._whole)
         self._compile(sabotage)
 
     def _compile(self, sabotage: Sabotage) -> None:
