@@ -101,6 +101,17 @@ def test_one_broken_event_costs_no_other(encoding):
     assert isinstance(events[3], GenericEvent) and events[3].data == {"x": 1} and events[3].bus_seq == FIRST + 3
 
 
+@pytest.mark.parametrize(
+    ("timestamp", "why"),
+    [(None, "timestamp is missing"), ("soon", "timestamp 'soon' is neither Unix seconds nor ISO 8601")],
+)
+def test_a_time_that_is_none_is_named(timestamp, why):
+    codec = Codec(Registry([EventType("tick", Tick, prepare=dict)]))
+    codec.register_topics()
+    events, [fault] = decode(codec, ENCODERS["json"](event(timestamp=timestamp)))
+    assert events == [None] and why in fault.detail
+
+
 @pytest.mark.parametrize("encoding", ENCODERS)
 def test_a_reader_gets_what_does_not_fit_as_a_generic_event(encoding):
     encode, codec = ENCODERS[encoding], make()

@@ -150,6 +150,7 @@ def test_bytes_are_shown_as_what_they_are_and_every_verb_takes_every_filter(make
         msgspec.msgpack.encode(envelope),
         b"\xff\x00nonsense\x1b[31m",
         b"plain words",
+        b'{"no": "event"}',
     ]
     with pushing(bus.ingest) as send:
         for count, frame in enumerate(frames, 1):
@@ -157,10 +158,10 @@ def test_bytes_are_shown_as_what_they_are_and_every_verb_takes_every_filter(make
             wait_until(lambda count=count: len(letters(bus)) == count, "the dead letter")
     code, out = run(capsys, "dlq", "list", "--json", *where)
     listed = [json.loads(line) for line in out.splitlines()]
-    assert (code, [each["raw_encoding"] for each in listed]) == (0, ["utf-8", "hex", "hex", "utf-8"])
-    assert [each["raw"] for each in listed] == [frames[0].decode(), frames[1].hex(), frames[2].hex(), "plain words"]
-    assert [each["event"] for each in listed] == [envelope, envelope, None, None]
-    first, second, third, fourth = (run(capsys, "dlq", "show", str(each["id"]), *where)[1] for each in listed)
+    assert (code, [each["raw_encoding"] for each in listed]) == (0, ["utf-8", "hex", "hex", "utf-8", "utf-8"])
+    assert [each["raw"] for each in listed[:4]] == [frames[0].decode(), frames[1].hex(), frames[2].hex(), "plain words"]
+    assert [each["event"] for each in listed] == [envelope, envelope, None, None, {"no": "event"}]
+    first, second, third, fourth, _ = (run(capsys, "dlq", "show", str(each["id"]), *where)[1] for each in listed)
     assert '"symbol": "EURUSD"' in first and '"symbol": "EURUSD"' in second and "MessagePack" in second
     assert "\\\\" not in first + second + fourth
     assert "ff 00 6e 6f" in third and "nonsense" in third and "\x1b" not in third
@@ -170,11 +171,11 @@ def test_bytes_are_shown_as_what_they_are_and_every_verb_takes_every_filter(make
     for choice, ids in (
         (["--id", "2", "--id", "3"], [2, 3]),
         (["--topic", "market_data"], [1, 2]),
-        (["--place", "ingest"], [3, 4]),
+        (["--place", "ingest"], [3, 4, 5]),
         (["--reason", listed[0]["reason"]], [1, 2]),
         (["--seq", f"{seq}"], [1]),
         (["--seq", f"{seq + 1}.."], [2]),
-        (["--since", str(listed[2]["at"])], [3, 4]),
+        (["--since", str(listed[2]["at"])], [3, 4, 5]),
         (["--until", str(listed[2]["at"])], [1, 2]),
         (["--plugin", "nobody"], []),
     ):
@@ -182,12 +183,12 @@ def test_bytes_are_shown_as_what_they_are_and_every_verb_takes_every_filter(make
             code, out = run(capsys, "dlq", verb, *choice, "--json", *where)
             assert (code, [json.loads(line)["id"] for line in out.splitlines()]) == (0, ids), (verb, choice)
     code, out = run(capsys, "dlq", "replay", "--place", "ingest", "--json", *where)
-    assert (code, json.loads(out)) == (0, {"published": [], "unreadable": [3, 4]})
+    assert (code, json.loads(out)) == (0, {"published": [], "unreadable": [3, 4, 5]})
     code, out = run(
         capsys, "dlq", "purge", "--seq", f"..{seq}", "--reason", listed[0]["reason"], "--yes", "--json", *where
     )
     assert json.loads(out) == {"purged": [1]}
-    wait_until(lambda: [each.id for each in letters(bus)] == [2, 3, 4], "one to go")
+    wait_until(lambda: [each.id for each in letters(bus)] == [2, 3, 4, 5], "one to go")
 
 
 def test_thousands_of_letters_are_purged_at_once(make_bus, capsys):

@@ -216,11 +216,17 @@ def _seconds(value: Any) -> float:
 
     if isinstance(value, (int, float)):
         return float(value)
+    if value is None:
+        raise ValueError("timestamp is missing")
     try:
         return float(value)
     except (TypeError, ValueError):
+        pass
+    try:
         moment = datetime.fromisoformat(str(value))
-        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    except ValueError:
+        raise ValueError(f"timestamp {str(value)[:40]!r} is neither Unix seconds nor ISO 8601") from None
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
 def encode_frame(events: list[Wire]) -> bytes:

@@ -156,7 +156,7 @@ def _lean(midnight: float, symbol: str) -> Callable[[str], Recorded]:
         try:
             ms = float(fields[0])
         except ValueError:
-            raise _Unreadable(f"{fields[0]!r} is not a time in ms") from None
+            raise _Unreadable(f"{fields[0].strip()!r} is not a time in ms") from None
         if len(fields) < 3 or not 0 <= ms < 86_400_000:
             raise _Unreadable("expected ms_since_midnight,bid,ask")
         data = {"symbol": symbol, "bid": _price(fields[1]), "ask": _price(fields[2])}

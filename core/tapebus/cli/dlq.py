@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -133,7 +134,7 @@ def _show(letter: DeadLetter, raw: bytes) -> None:
         value = getattr(letter, key)
         if value:
             click.echo(f"{key:<12}{clock(value) if key == 'at' else ascii(value).strip(chr(39))}")
-    kind = "JSON" if raw[:1] == b"{" else "MessagePack" if _decoded(raw) is not None else "bytes"
+    kind = "JSON" if raw[:1] in (b"{", b"[") else "MessagePack" if _decoded(raw) is not None else "bytes"
     click.echo(f"{'raw':<12}{len(raw):,} bytes, {kind}")
     value = _decoded(raw)
     if value is not None:
@@ -297,9 +298,9 @@ def _publish(
     ready: list[tuple[int, Recorded]] = []
     for letter in letters:
         value = _decoded(raw[letter.id])
-        record = from_envelope(value) if isinstance(value, dict) else None
-        if record is not None:
-            ready.append((letter.id, record))
+        if isinstance(value, dict):
+            with contextlib.suppress(ValueError):
+                ready.append((letter.id, from_envelope(value)))
     ids = [number for number, _ in ready]
     if ready:
         with publisher(config, "dlq", endpoint) as pub:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @click.argument("data", nargs=-1, metavar="[KEY=VALUE... | JSON | -]")
 @click.option("--source", default="cli", show_default=True, help="Component name in the envelope.")
 @click.option("--correlation-id", help="Signal or fire id of the chain.")
-@click.option("--user-id")
+@click.option("--user-id", help="The user it is about.")
 @click.option("--priority", type=click.Choice(["low", "normal", "high", "critical"]))
 @click.option("--endpoint", help="Acknowledged ingest of the bus; default: from the configuration.")
 @click.option("--key", type=click.Path(), help="Secret key file for a bus elsewhere; default: TAPEBUS_KEY.")
@@ -166,7 +166,8 @@ def _line(number: int, text: str, event_type: str | None, source: str, extra: di
             return Recorded(event_type, time.time(), found, source, extra)
         record = from_envelope({"timestamp": time.time(), "source": source, **found})
     except ValueError as error:
-        raise UsageError(f"standard input, line {number}: {error}") from None
+        before = "; the lines before it were sent" if number > 1 else ""
+        raise UsageError(f"standard input, line {number}: {error}{before}") from None
     return record._replace(extra={**record.extra, **extra})
 
 

@@ -43,7 +43,7 @@ class Speed(_ParamType):
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--speed", type=Speed(), default="1", show_default=True, help="Times the original pace, or max.")
 @topics_option
-@click.option("--symbol", default="", help="Only this symbol; names it where the file does not.")
+@click.option("--symbol", default="", help="Only this symbol; in a file of ticks of one symbol, its name.")
 @click.option("--utc-offset", type=float, default=0.0, help="Hours the broker's clock is ahead of UTC (MT5 exports).")
 @click.option("--endpoint", help="Acknowledged ingest of the bus; default: from the configuration.")
 @json_option
@@ -76,7 +76,10 @@ def replay(
         pace = f"{events} in {summary.seconds:.2f} s, {summary.rate:,.0f} events/s"
         click.echo(f"{pace}, {summary.acked:,} acked")
     if recording.skipped:
-        click.echo(f"tapebus: {recording.skipped} unreadable lines left out, the first: {recording.problem}", err=True)
+        lines = "line" if recording.skipped == 1 else "lines"
+        click.echo(
+            f"tapebus: {recording.skipped} unreadable {lines} left out, the first: {recording.problem}", err=True
+        )
     if summary.acked < summary.events:
         raise TapebusError(
             f"{summary.rejected} events refused by the bus, {summary.unsendable} too large; see `tapebus dlq list`"
