@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -269,6 +270,23 @@ def test_run_says_in_one_line_that_it_has_stopped_and_that_the_books_close(make_
     assert bus.stop() == 0
     last = bus.output().splitlines()[-1]
     assert "stopped after" in last and "unexplained 0" in last
+
+
+def test_without_standard_streams_nothing_is_written_into_the_files_of_the_bus(make_bus):
+    bus = make_bus(plugins=["schema", "store"])
+    command = bus.command
+    bus.command = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command]
+    bus.start()
+    assert bus.process is not None
+    open_files = Path(f"/proc/{bus.process.pid}/fd")
+    if open_files.is_dir():
+        assert [os.readlink(open_files / str(fd)) for fd in range(3)] == [os.devnull] * 3
+    assert (
+        main(["publish", "market_data", "symbol=EURUSD", "bid=1.1", "ask=1.2", "--config", str(bus.config_file)]) == 0
+    )
+    pid = bus.process.pid
+    assert bus.stop() == 0
+    assert (bus.data_dir / "bus.lock").read_text().strip() == str(pid)
 
 
 def test_json_lines_from_standard_input_are_published_in_order(make_bus):

@@ -124,3 +124,21 @@ def test_a_second_signal_forces_the_end(hanging):
     assert process.returncode in (128 + signal.SIGTERM, 128 + signal.SIGINT)
     with Tape.open(bus.data_dir) as tape:
         assert len(list(tape.read(topics=["market_data"]))) == 1000
+
+
+def test_a_terminal_that_goes_away_ends_the_bus_in_order_however_often_it_says_so(make_bus):
+    bus = make_bus(["schema", "store"]).start()
+    with Publisher("test", endpoint=bus.acked) as publisher:
+        assert publisher.publish("market_data", quote(1)) and publisher.flush(GENEROUS)
+    bus.process.send_signal(signal.SIGHUP)
+    assert end(bus, signal.SIGHUP) == 0
+    assert "unexplained 0" in bus.output()
+
+
+def test_a_bus_under_nohup_outlives_its_terminal(make_bus):
+    bus = make_bus(["schema", "store"])
+    bus.command = ["nohup", *bus.command]
+    bus.start()
+    bus.process.send_signal(signal.SIGHUP)
+    assert bus.stats()
+    assert end(bus) == 0

@@ -323,6 +323,34 @@ def test_what_never_left_is_told_to_the_bus_at_the_end(bus):
     assert assert_books_close(pub)["dropped"] == {"client.exit_abandoned": 7}
 
 
+NO_FILES = """
+import os, resource, sys
+from tapebus.publisher import Publisher
+spare, pub = int(sys.argv[2]), Publisher("test", sys.argv[1])
+resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
+taken = []
+try:
+    while True:
+        taken.append(os.dup(0))
+except OSError:
+    pass
+for _ in range(spare):
+    os.close(taken.pop())
+assert pub.publish("t", {"i": 0})
+pub.publish("t", {"i": 1}, durable=True, timeout=0.2)
+pub.flush(0.2)
+for fd in taken:
+    os.close(fd)
+assert pub.publish("t", {"i": 2}) and pub.flush(30)
+"""
+
+
+@pytest.mark.parametrize("spare", [0, 1, 3, 5, 9])
+def test_a_process_that_may_open_no_more_files_goes_on_and_its_events_arrive_when_it_may(bus, spare):
+    run_python(NO_FILES, bus.endpoint, str(spare))
+    bus.wait_for(lambda: bus.stored() == [0, 1, 2])
+
+
 def test_leftovers_are_counted_at_close():
     pub = Publisher("test", "tcp://127.0.0.1:1")
     publish(pub, range(5))

@@ -10,7 +10,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
-from posix.time cimport CLOCK_REALTIME, clock_gettime, timespec
+from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
 from posix.unistd cimport write
 
 from tapebus._blocks cimport crc32c_update
@@ -35,6 +35,7 @@ cdef enum:
     RECORDS_AT = 4096
     SIZE_BITS = 24
 
+cdef double START_AGAIN_S = 0.1
 cdef uint64_t NEVER = 0xFFFFFFFFFFFFFFFF
 
 #: The largest event that fits a frame alone, in bytes.
@@ -489,6 +490,12 @@ cdef object seconds(value):
     return float(value)
 
 
+cdef inline double monotonic() noexcept:
+    cdef timespec spec
+    clock_gettime(CLOCK_MONOTONIC, &spec)
+    return spec.tv_sec + spec.tv_nsec * 1e-9
+
+
 cdef inline double now() noexcept:
     cdef timespec spec
     clock_gettime(CLOCK_REALTIME, &spec)
@@ -502,6 +509,7 @@ cdef class Emitter:
         readonly Outbox outbox
         readonly str source
         public int wake_fd      # -1: no sender yet, `_start` is called instead
+        double start_at         # not before this time on the monotonic clock
         public bint closed
         public bint unopened    # `_open` is called before the next event: a forked child needs an outbox of its own
 
@@ -589,10 +597,14 @@ cdef class Emitter:
             box.wake_at = NEVER
             write(self.wake_fd, &one, sizeof(one))
             return
+        if monotonic() < self.start_at:
+            return
         try:
             self._start()
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException:
-            # No thread to be had now: try again a little later, the events are kept.
-            box.wake_at = box.next_seq + 1000
+            pass
+        if self.wake_fd < 0:
+            # No thread to be had now, or another one is at it: the events are kept, an event a little later tries again.
+            self.start_at = monotonic() + START_AGAIN_S

@@ -31,6 +31,8 @@ _log = logging.getLogger("tapebus.publisher")
 _NEVER = 2**64 - 1
 _PING_S = 3.0
 _RETRY_MIN_S, _RETRY_MAX_S = 1.0, 30.0
+#: Descriptors that must be free before libzmq starts its two threads; it takes six.
+_CONTEXT_FDS = 12
 _BODY_ROOM = wire.MAX_FRAME - wire.HEAD.size - wire.S_BATCH.size
 
 _contexts: list[zmq.Context[Any]] = []  # this process's own, once made
@@ -46,8 +48,23 @@ def after_fork(sender: Sender | None = None) -> None:
 
 def _context() -> zmq.Context[Any]:
     if not _contexts:
-        _contexts.append(zmq.Context())
+        _have_descriptors()
+        context: zmq.Context[Any] = zmq.Context()
+        # libzmq starts its threads with the first socket
+        context.socket(zmq.DEALER).close()
+        _contexts.append(context)
     return _contexts[0]
+
+
+def _have_descriptors() -> None:
+    """Raises `OSError` where the process may open too few files: while it starts, libzmq ends a process for that."""
+    taken: list[int] = []
+    try:
+        while len(taken) < _CONTEXT_FDS:
+            taken.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+    finally:
+        for fd in taken:
+            os.close(fd)
 
 
 def _wake_pair() -> tuple[int, int]:
@@ -67,6 +84,8 @@ class Sender:
     A connection that may hold stale frames is never repaired: it is closed with its queue and a fresh one
     begins with HELLO, so what the bus receives is always the tail after its own durable_seq, in order.
     """
+
+    pid = -1  # until there are descriptors to close
 
     def __init__(
         self,
@@ -97,9 +116,9 @@ class Sender:
         self.flushing = 0
         self.stopping = self.leaving = self.ended = False
         self._then: Callable[[], None] = lambda: None
-        self.pid = os.getpid()
         self.born_at = time.monotonic()
         self.reader, self.writer = _wake_pair()
+        self.pid = os.getpid()
         self.thread = threading.Thread(target=self.run, name=f"tapebus-sender-{source}", daemon=True)
         self._ahead: Sender | None = None  # while an orphan is emptied
         self._refused: deque[tuple[int, int]] = deque(maxlen=1000)  # ranges, counted from the first event ever
@@ -162,8 +181,16 @@ class Sender:
     def run(self) -> None:
         """Empty the orphans, each under its own name, then the outbox, until asked to stop."""
         while self.orphans and not self.stopping:
-            self._ahead = ahead = empty(self.orphans.pop(0), self.endpoint, self.wake)
-            ahead.thread.start()
+            try:
+                ahead = empty(self.orphans[0], self.endpoint, self.wake)
+                ahead.thread.start()
+            except (OSError, RuntimeError) as error:
+                _log.warning("cannot send what a predecessor left, trying again: %s", error)
+                self._postpone(self._retry_s)
+                self._pause()
+                continue
+            self._ahead = ahead
+            self.orphans.pop(0)
             while not (ahead.ended or self.stopping):
                 self._rest(_PING_S)
             ahead.stop()

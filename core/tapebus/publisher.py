@@ -85,6 +85,7 @@ class Publisher(Emitter):
 
             self._keys = client_keys(chosen) if key or not is_loopback(self.endpoint) else None
         self._starting = threading.Lock()
+        self._start_failed = False
         self._sender: Sender | None = None
         self._orphans: list[spools.Spool] = []
         self._adopted = 0
@@ -148,6 +149,11 @@ class Publisher(Emitter):
                 )
                 sender.thread.start()
                 self._sender, self.wake_fd = sender, sender.writer
+        except (OSError, RuntimeError) as error:
+            # neither files nor threads to be had now: the events are kept, and the next call tries again
+            if not self._start_failed:
+                self._start_failed = True
+                _log.warning("%s cannot connect yet, its events wait: %s", self.source, error)
         finally:
             self._starting.release()
 

@@ -46,7 +46,12 @@ class Reaper(threading.Thread):
         return any(same_endpoint(facts.endpoint, each) for each in self._endpoints)
 
     def _empty(self, spool: Spool) -> None:
-        self._sender = sender = empty(spool, self._connect)
+        try:
+            self._sender = sender = empty(spool, self._connect)
+        except OSError as error:
+            log.warning("%s: left for later: %s", spool.path, error)
+            spool.release()
+            return
         if self._stopping.is_set():
             sender.stop()
         else:

@@ -483,15 +483,15 @@ class Runtime:
         os._exit(1)
 
     def run(self) -> int:
-        """Start, serve until SIGINT or SIGTERM, stop; the exit code. A second signal forces the end."""
+        """Start, serve until SIGINT, SIGTERM or SIGHUP, stop; the exit code. A second SIGINT or SIGTERM forces the end."""
         from tapebus.pm2 import Channel
 
         asked = False
 
         def on_signal(number: int, _: Any) -> None:
             nonlocal asked
-            # a second signal may arrive while the first is still being handled
-            if asked:
+            # a second signal may arrive while the first is still being handled; a terminal that goes away sends several
+            if asked and number != signal.SIGHUP:
                 os._exit(128 + number)
             asked = True
             self.ask_to_stop()
@@ -499,7 +499,10 @@ class Runtime:
         self._bell = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         # the kernel may hand a signal to any thread, and only this one runs its handler: it must not sleep through it
         wakeup = signal.set_wakeup_fd(self._bell[1], warn_on_full_buffer=False)
-        previous = {each: signal.signal(each, on_signal) for each in (signal.SIGINT, signal.SIGTERM)}
+        handled = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+            handled.append(signal.SIGHUP)
+        previous = {each: signal.signal(each, on_signal) for each in handled}
         try:
             self.start()
             channel = Channel.from_env()
@@ -525,7 +528,8 @@ class Runtime:
             bell, self._bell = self._bell, None
             for fd in bell:
                 os.close(fd)
-            sys.stdout.flush()
+            if sys.stdout is not None:
+                sys.stdout.flush()
         if self._failure is None:
             return 0
         return self._failure.exit_code if isinstance(self._failure, (StoreError, TapebusError)) else 1

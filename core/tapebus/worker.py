@@ -306,8 +306,8 @@ def _keep_the_pipes() -> None:
 def _confine(parent: int) -> None:
     """Give up what a plugin does not need, and die with the bus."""
     # the parent decides when to stop; a terminal's or PM2's SIGINT reaches the whole tree
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, signal.SIG_IGN)
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -126,11 +126,25 @@ def cli(ctx: click.Context, config: str | None, data_dir: str | None) -> None:
     ctx.obj = {"config": config, "data_dir": data_dir}
 
 
+def _have_standard_streams() -> None:
+    """Open what the caller has closed of standard input, output and error.
+
+    Else the next file to be opened, of the tape perhaps, takes that number, and what is printed goes into it.
+    """
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; every expected error is one line on standard error."""
     from tapebus.redaction import protect, redact
 
     if args is None:
+        _have_standard_streams()
         protect()
     try:
         result = cli.main(args=list(args) if args is not None else None, prog_name="tapebus", standalone_mode=False)
