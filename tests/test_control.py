@@ -87,6 +87,16 @@ def test_nonsense_on_the_control_socket_is_answered_and_harms_nobody(embed):
     bus.publish(1)
 
 
+@pytest.mark.parametrize("number", [-1, 2**63, 2**64, 10**20])
+@pytest.mark.parametrize("command", ["dlq_purge", "dlq_replay"])
+def test_a_number_that_no_dead_letter_can_have_is_refused_and_the_bus_goes_on(embed, command, number):
+    bus = embed(["schema", "store"])
+    with pytest.raises(TapebusError, match=r"ids\[1\]"):
+        bus.request(command, ids=[1, number])
+    bus.publish(1)
+    assert bus.request("stats")["bus"]["stored"] == 1
+
+
 def test_only_the_owner_reaches_the_sockets(embed):
     bus = embed(["schema", "store"])
     path = bus.config.control_endpoint.removeprefix("ipc://")

@@ -36,8 +36,9 @@ def test_a_check_that_raises_breaks_its_event_only():
 
 
 def test_events_go_to_the_groups_their_type_names_in_order():
-    events = [event(), None, event(), event()]
-    assert split(events, view(1, 1, 2, 3), 0, [0, 1, 3, 0], 2) == [[events[0], events[2]], [events[2]]]
+    events = [event(), None, event(), event(), event()]
+    groups = split(events, view(1, 1, 2, 3, 0), 0, [0, 1, 3, 0], 2, lambda name: 2)
+    assert groups == [[events[0], events[2]], [events[2], events[4]]]
 
 
 def test_a_batch_remembers_how_far_its_handler_came():

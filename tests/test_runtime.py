@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from bus_support import Seen, plugin, pushing, quote, wait_until
-from tapebus import Config, Consumer, Publisher, Runtime, Tape, hookimpl
+from tapebus import Config, Consumer, EventType, Publisher, Runtime, Tape, hookimpl
 from tapebus.errors import ConfigError, PluginError, TapebusError
 
 
@@ -231,6 +231,52 @@ def test_consumers_resume_after_a_restart_and_a_new_one_may_see_the_whole_tape(e
     bus.stop()
     assert second.seqs == list(range(301, 501))
     assert whole.seqs == list(range(1, 501))
+
+
+def test_types_that_come_after_thousands_of_others_reach_their_consumers_and_readers_as_well(embed):
+    def late(name: str, mode: str, seen: Seen) -> tuple:
+        return name, plugin(Consumer(name=name, topics=["late.*", "registered_late"], handler=seen, mode=mode))
+
+    inline, thread, again = Seen(), Seen(), Seen()
+    bus = embed(["schema", "store"], late("inline", "inline", inline), late("thread", "thread", thread))
+    with bus.publisher() as publisher:
+        for n in range(5000):
+            publisher.publish(f"early.{n}", {"n": n})
+        for n in range(3):
+            publisher.publish(f"late.{n}", {"n": n})
+        assert publisher.flush(30.0)
+    wait_until(lambda: len(inline.events) >= 3 and len(thread.events) >= 3, "both consumers")
+    for seen in (inline, thread):
+        assert [event.event_type for event in seen.events] == ["late.0", "late.1", "late.2"]
+    with bus.tape() as tape:
+        assert [event.event_type for event in tape.read(topics=["late.1", "early.4999"])] == ["early.4999", "late.1"]
+        assert [event.event_type for event in tape.read(topics=["late.*"], reverse=True)] == [
+            "late.2",
+            "late.1",
+            "late.0",
+        ]
+    bus.stop()
+
+    # a type that is registered only now still gets a number, and with it its payload and its rules
+    class Payload(msgspec.Struct):
+        n: int
+
+    @hookimpl
+    def tapebus_register_event_types():
+        return [EventType("registered_late", Payload, aliases={"number": "n"})]
+
+    types = ("types", plugin(tapebus_register_event_types=tapebus_register_event_types))
+    bus = embed(["schema", "store"], types, late("inline", "inline", again), again=bus)
+    with bus.publisher() as publisher:
+        publisher.publish("registered_late", {"number": 7})
+        publisher.publish("late.9", {"n": 9})
+        assert publisher.flush(30.0)
+    wait_until(lambda: len(again.events) >= 2, "the types of the second run")
+    assert [(event.event_type, type(event.data)) for event in again.events] == [
+        ("registered_late", Payload),
+        ("late.9", dict),
+    ]
+    assert again.events[0].data.n == 7
 
 
 def test_a_thread_consumer_resumes_at_its_cursor(embed):

@@ -11,7 +11,14 @@ def stamp(events: list[Any], origin: BlockView, first: int) -> None: ...
 def run_checks(
     events: list[Any], view: BlockView, first: int, checks: list[Callable[[Any], str | None] | None]
 ) -> list[tuple[int, str]] | None: ...
-def split(events: list[Any], view: BlockView, first: int, masks: list[int], groups: int) -> list[list[Any]]: ...
+def split(
+    events: list[Any],
+    view: BlockView,
+    first: int,
+    masks: list[int],
+    groups: int,
+    mask_of: Callable[[str], int],
+) -> list[list[Any]]: ...
 
 class Batch:
     events: list[Any]

@@ -135,10 +135,14 @@ def run_checks(list events not None, BlockView view not None, uint32_t first, li
     return broken
 
 
-def split(list events not None, BlockView view not None, uint32_t first, list masks not None, int groups):
-    """Sort the events (None is skipped) into one list for each group whose bit is in ``masks[topic]``."""
+def split(list events not None, BlockView view not None, uint32_t first, list masks not None, int groups, mask_of):
+    """Sort the events (None is skipped) into one list for each group whose bit is in ``masks[topic]``.
+
+    ``mask_of(event_type)`` is asked for types without a number.
+    """
     cdef Py_ssize_t i, n = PyList_GET_SIZE(events)
     cdef uint64_t mask
+    cdef uint16_t topic
     cdef int g
     cdef list each
     out = [[] for _ in range(groups)]
@@ -146,7 +150,8 @@ def split(list events not None, BlockView view not None, uint32_t first, list ma
         event = <object>PyList_GET_ITEM(events, i)
         if event is None:
             continue
-        mask = masks[view.columns.topic[first + i]]
+        topic = view.columns.topic[first + i]
+        mask = masks[topic] if topic else mask_of(event.event_type)
         g = 0
         while mask:
             if mask & 1:

@@ -15,6 +15,7 @@ cdef enum:
 
     MAX_DEPTH = 32
     MAX_TOPICS = 4096
+    SENDERS_TOPICS = 3584   # what senders may fill of it: the rest is for types that are registered
     MAX_TOPIC_SIZE = 100
 
 cdef enum:
@@ -57,7 +58,7 @@ cdef class Topics:
         uint32_t n_aliases
         int count
         uint8_t closed                  # set by the ingest thread while it scans for one who may add no name
-    cdef uint16_t find(self, const uint8_t *name, size_t size, bint add) noexcept nogil
+    cdef uint16_t find(self, const uint8_t *name, size_t size, int limit) noexcept nogil
     cdef bint is_alias(self, uint16_t topic, uint32_t key) noexcept nogil
 
 cdef int scan_frame(Topics topics, const uint8_t *data, size_t size, items_t *out, uint32_t max_items) noexcept nogil

@@ -8,6 +8,7 @@ EXTENSION_FLAG: int
 UNTIMED_FLAG: int
 WIDE_FLAG: int
 NOT_UTF8_FLAG: int
+MOST_NUMBERED: int
 REASONS: dict[int, str]
 
 class Item(TypedDict):

@@ -33,6 +33,8 @@ cdef extern from *:
 
 JSON_FLAG, ALIASED_FLAG, NONFINITE_FLAG, EXTENSION_FLAG, UNTIMED_FLAG = JSON, ALIASED, NONFINITE, EXTENSION, UNTIMED
 WIDE_FLAG, NOT_UTF8_FLAG = WIDE, NOT_UTF8
+#: A type that senders bring when so many have a number already gets none.
+MOST_NUMBERED = SENDERS_TOPICS
 
 REASONS = {
     ERR_EMPTY: "the frame is empty",
@@ -70,7 +72,8 @@ cdef class Topics:
             free(self.names[i])
         free(self.aliases)
 
-    cdef uint16_t find(self, const uint8_t *name, size_t size, bint add) noexcept nogil:
+    cdef uint16_t find(self, const uint8_t *name, size_t size, int limit) noexcept nogil:
+        """The number of a name, given now if it is new and fewer than `limit` have one; else 0."""
         cdef uint32_t i = hash_bytes(name, size) & (MAX_TOPICS * 2 - 1)
         cdef uint16_t t = self.slots[i]
         while t:
@@ -78,7 +81,7 @@ cdef class Topics:
                 return t
             i = (i + 1) & (MAX_TOPICS * 2 - 1)
             t = self.slots[i]
-        if not add or self.closed or self.count >= MAX_TOPICS - 1:
+        if self.closed or self.count >= limit:
             return 0
         t = self.count + 1
         self.names[t] = <uint8_t *>malloc(size)
@@ -112,13 +115,15 @@ cdef class Topics:
         cdef bytes raw = name.encode()
         if not 1 <= len(raw) <= MAX_TOPIC_SIZE:
             raise ValueError(f"an event type has 1 to {MAX_TOPIC_SIZE} bytes, got {len(raw)}")
-        return self.find(raw, len(raw), True)
+        return self.find(raw, len(raw), MAX_TOPICS - 1)
 
     def register(self, str name, aliases=()):
         """Mark `name` as a typed event type whose payload may spell fields as in `aliases`."""
         cdef uint16_t topic = self.add(name)
         cdef uint32_t want, i
         cdef bytes raw
+        if topic == 0:
+            return 0  # decoded one by one, by name
         self.typed[topic] = 1
         for alias in aliases:
             raw = alias.encode()
@@ -276,12 +281,12 @@ cdef int finish(Topics topics, scan_t *s, item_t *item, const uint8_t *name, siz
     cdef uint32_t i
     if name == NULL or name_size < 1 or name_size > MAX_TOPIC_SIZE:
         return ERR_EVENT_TYPE
-    item.topic = topics.find(name, name_size, False)
+    item.topic = topics.find(name, name_size, 0)
     if item.topic == 0:
         # a name is proved once, when it is new: what is stored must read back as it was written
         if not is_name(name, name_size):
             return ERR_EVENT_TYPE
-        item.topic = topics.find(name, name_size, True)
+        item.topic = topics.find(name, name_size, SENDERS_TOPICS)
     if topics.has_alias[item.topic]:
         for i in range(s.n_keys):
             if topics.is_alias(item.topic, s.keys[i]):

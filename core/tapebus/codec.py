@@ -119,7 +119,8 @@ class Codec:
         stamp([event], view, i)
         event_type = self.registry.types.get(event.event_type)  # type: ignore[attr-defined]
         if event_type is not None and event_type.check is not None:
-            reason = run_checks([event], view, i, self._checks_by_topic())
+            checks = self._checks_by_topic() if view.topic(seq) else [event_type.check]
+            reason = run_checks([event], view, i, checks)
             if reason:
                 faults.append(Fault(index, "schema", reason[0][1], event))
                 return event if event_type.policy == "pass" else None

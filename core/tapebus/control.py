@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from math import ceil
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import zmq
@@ -27,7 +27,7 @@ class Request(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
 
     cmd: str
     consumer: str = ""
-    ids: list[int] = []
+    ids: list[Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]] = []
 
 
 _NOT_YOURS = msgspec.json.encode({"error": f"this bus belongs to uid {os.getuid()}: ask as that user"})

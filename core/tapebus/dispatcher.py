@@ -49,7 +49,7 @@ class FanOut:
         self._codec = codec
         self._groups: list[tuple[str, ...]] = list(dict.fromkeys(topics))
         self.index = [self._groups.index(each) for each in topics]
-        self._masks: list[int] = [self._mask("")]
+        self._masks: list[int] = [0]
 
     def _mask(self, name: str) -> int:
         return sum(1 << g for g, topics in enumerate(self._groups) if covers(topics, name))
@@ -59,7 +59,7 @@ class FanOut:
         topics = self._codec.topics
         if len(self._masks) <= len(topics):
             self._masks += [self._mask(name) for name in topics.after(len(self._masks) - 1).values()]
-        groups = split(events, view, start, self._masks, len(self._groups))
+        groups = split(events, view, start, self._masks, len(self._groups), self._mask)
         return [groups[g] for g in self.index]
 
 

@@ -483,7 +483,10 @@ class Runtime:
         os._exit(1)
 
     def run(self) -> int:
-        """Start, serve until SIGINT, SIGTERM or SIGHUP, stop; the exit code. A second SIGINT or SIGTERM forces the end."""
+        """Start, serve until SIGINT, SIGTERM or SIGHUP, stop; the exit code.
+
+        A second SIGINT or SIGTERM forces the end.
+        """
         from tapebus.pm2 import Channel
 
         asked = False

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from tapebus import books
+from tapebus._scan import MOST_NUMBERED
 from tapebus.blocks import BlockView
 from tapebus.codec import Codec
 from tapebus.consumer import covers
@@ -213,7 +214,10 @@ class Tape:
         """Matching events with ``after < bus_seq <= horizon``."""
         names = self._reader.topics()
         wanted = None if topics is None else {number for number, name in names.items() if covers(topics, name)}
-        if wanted is not None and not wanted:
+        full = topics is not None and len(names) >= MOST_NUMBERED
+        if wanted is not None and full:
+            wanted.add(0)  # holds every type that came too late for a number
+        elif wanted is not None and not wanted:
             return
         low, high = after, horizon
         for block in self._blocks(after, wanted, since, until, correlation_id, reverse):
@@ -228,6 +232,7 @@ class Tape:
                 and (since is None or event.timestamp >= since)
                 and (until is None or event.timestamp < until)
                 and (correlation_id is None or event.correlation_id == correlation_id)
+                and (not full or covers(topics or (), event.event_type))  # type: ignore[attr-defined]
             ]
             # Blocks may be merged while we read: what was handed out must not come again.
             if reverse:
