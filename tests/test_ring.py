@@ -86,6 +86,21 @@ def test_a_stopped_ring_wakes_its_taker_and_is_empty():
         Ring(Topics(), 3)
 
 
+def anonymous() -> int:
+    """Bytes of memory that are this process's own."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc tells how much memory is used on Linux only")
+def test_the_memory_of_a_ring_is_taken_at_once_and_not_during_its_first_lap():
+    ring, entries = Ring(Topics(), 2), 1 << 18
+    before = anonymous()
+    ring = Ring(Topics(), entries)
+    assert anonymous() - before > 100 * entries
+    assert ring.fill == (0, 0)
+
+
 def overfill(ring: Ring) -> None:
     """Six frames through a ring of four entries: four of them stay in it."""
     ingest = Ingest(ring, 1)

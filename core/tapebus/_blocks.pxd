@@ -9,6 +9,12 @@ cdef enum:
     COLUMNS_SIZE = 12
     CORR_SIZE = 8
 
+cdef extern from *:
+    """
+    #define MAX_WAIT_US 0xffffffffu
+    """
+    uint64_t MAX_WAIT_US  # the longest wait between two events of one block: 71 minutes
+
 cdef struct head_t:
     uint32_t count
     uint32_t reserved
@@ -19,7 +25,7 @@ cdef struct head_t:
 cdef struct columns_t:
     head_t *head
     uint32_t *size
-    uint32_t *wait_us     # receive time after the previous event, µs, saturated
+    uint32_t *wait_us     # receive time after the previous event, µs
     uint16_t *topic
     uint8_t *flags
     uint8_t *priority

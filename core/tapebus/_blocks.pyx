@@ -64,6 +64,9 @@ cdef extern from *:
     uint32_t crc_hard(uint32_t c, const uint8_t *p, size_t n) noexcept nogil
     int crc_has_hard()
 
+#: The longest wait between two events that one payload can tell, in seconds.
+MAX_WAIT_S = MAX_WAIT_US / 1e6
+
 crc_init()
 cdef int _HARD = crc_has_hard()
 
@@ -183,7 +186,11 @@ def topic_counts(bytes payload not None):
 
 
 def merge_payloads(list payloads not None):
-    """One payload with the events of `payloads`, which are consecutive, in order."""
+    """One payload with the events of `payloads`, which are consecutive, in order.
+
+    None may begin before the one in front of it ends by the clock, nor more than `MAX_WAIT_S` later: such a wait
+    is told as 0, or as the longest there is, and the times of reception after it are off by that.
+    """
     cdef uint64_t count = 0, size = 0, last_us = 0, gap
     cdef uint32_t done = 0, i
     cdef size_t filled = 0
@@ -206,7 +213,7 @@ def merge_payloads(list payloads not None):
         for i in range(view.count):
             if i == 0:
                 gap = view.columns.head.base_us - last_us if view.columns.head.base_us > last_us else 0
-                to.wait_us[done] = <uint32_t>min(gap, <uint64_t>0xffffffffu)
+                to.wait_us[done] = <uint32_t>min(gap, MAX_WAIT_US)
             else:
                 to.wait_us[done + i] = view.columns.wait_us[i]
             last_us += to.wait_us[done + i]
@@ -233,7 +240,10 @@ cdef int compare_corr(const void *a, const void *b) noexcept nogil:
 def sort_run(bytes run not None):
     """A run from entries in any order."""
     out = PyBytes_FromStringAndSize(PyBytes_AS_STRING(run), PyBytes_GET_SIZE(run))
-    qsort(PyBytes_AS_STRING(out), PyBytes_GET_SIZE(out) // CORR_SIZE, CORR_SIZE, compare_corr)
+    cdef char *entries = PyBytes_AS_STRING(out)
+    cdef size_t n = PyBytes_GET_SIZE(out) // CORR_SIZE
+    with nogil:
+        qsort(entries, n, CORR_SIZE, compare_corr)
     return out
 
 
@@ -255,7 +265,8 @@ def merge_runs(list runs not None):
             to[done].hash = source[i].hash
             to[done].offset = source[i].offset + delta
             done += 1
-    qsort(to, done, CORR_SIZE, compare_corr)
+    with nogil:
+        qsort(to, done, CORR_SIZE, compare_corr)
     return out
 
 

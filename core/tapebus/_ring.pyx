@@ -13,7 +13,9 @@ from libc.stdlib cimport calloc, free, malloc, qsort
 from libc.string cimport memcpy, memset
 from posix.unistd cimport close, read, write
 
-from tapebus._blocks cimport COLUMNS_SIZE, CORR_SIZE, HEAD_SIZE, columns_at, columns_t, compare_corr, corr_t
+from tapebus._blocks cimport (
+    COLUMNS_SIZE, CORR_SIZE, HEAD_SIZE, MAX_WAIT_US, columns_at, columns_t, compare_corr, corr_t,
+)
 from tapebus._scan cimport MAX_TOPICS, UNTIMED
 
 from tapebus.store import Block, Gap, ProducerBook
@@ -55,10 +57,13 @@ cdef class Ring:
         self.next_seq = next_seq
         self.max_producers = max_producers
         self.tape_bell.fd = self.ingest_bell.fd = -1
-        self.entries = <entry_t *>calloc(entries, sizeof(entry_t))
+        self.entries = <entry_t *>malloc(<size_t>entries * sizeof(entry_t))
         self.producers = <producer_t **>calloc(max_producers, sizeof(producer_t *))
         if self.entries == NULL or self.producers == NULL:
             raise MemoryError
+        # Else their pages would be taken one by one during the first lap, which may last for hours and look like a leak.
+        # `claim` clears each entry; zeros here would be optimised into a calloc, which takes no pages.
+        memset(self.entries, 0xff, <size_t>entries * sizeof(entry_t))
         self.tape_bell.fd = eventfd(0, EFD_CLOEXEC)
         self.ingest_bell.fd = eventfd(0, EFD_CLOEXEC)
         if self.tape_bell.fd < 0 or self.ingest_bell.fd < 0:
@@ -283,6 +288,7 @@ cdef class Ring:
         cdef int64_t first = self.tail, last = first, head
         cdef size_t size = 0
         cdef uint32_t count = 0, n_corr = 0, i
+        cdef int64_t before = 0
         cdef entry_t *entry
         cdef bint has_units = False
         head = tb_load(&self.head)
@@ -291,6 +297,11 @@ cdef class Ring:
         with nogil:
             while last < head and (last == first or (size < max_bytes and count < max_events)):
                 entry = &self.entries[last & self.mask]
+                if entry.n:
+                    # what the wait column cannot tell begins a block of its own
+                    if before and not 0 <= entry.received_us - before <= <int64_t>MAX_WAIT_US:
+                        break
+                    before = entry.received_us
                 count += entry.n
                 for i in range(entry.n):
                     size += entry.items[i].size
@@ -317,7 +328,7 @@ cdef class Ring:
         cdef uint32_t i, k = 0, c = 0
         cdef uint8_t *out
         cdef corr_t *run
-        cdef int64_t j, before, waited
+        cdef int64_t j, before
         cdef uint64_t topics = 0
         cdef double low = 0, high = 0, received = 0
         cdef bint timed = False, untimed = False
@@ -344,9 +355,8 @@ cdef class Ring:
                     memcpy(out, entry.data + item.offset, item.size)
                     out += item.size
                     to.size[k] = item.size
-                    waited = entry.received_us - before if entry.received_us > before else 0
-                    to.wait_us[k] = <uint32_t>min(waited, <int64_t>0xffffffffu)
-                    before = max(before, entry.received_us)
+                    to.wait_us[k] = <uint32_t>(entry.received_us - before)
+                    before = entry.received_us
                     to.topic[k] = item.topic
                     to.flags[k] = item.flags
                     to.priority[k] = item.priority

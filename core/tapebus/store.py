@@ -218,9 +218,10 @@ class Store(StoreReader, Protocol):
     def suspect(self, reason: str) -> None:
         """Let the next start look at the whole tape before it is opened; from any thread."""
 
-    def maintain(self, now: float) -> bool:
-        """Do one bounded piece of upkeep (sealing, retention, reader check); True when more waits.
+    def maintain(self, now: float) -> float:
+        """Do one bounded piece of upkeep (sealing, retention, reader check); how much the rest presses.
 
+        0 when nothing waits, 1 when it has time, 2 when it should get twice as much of the writer's, and so on.
         `now` is what `steady_clock` shows.
         """
 

@@ -22,9 +22,11 @@ MAX_BLOCK_EVENTS = 16384
 #: Dead letters waiting for a commit, and the bytes they hold; beyond it they are counted, not kept.
 MAX_WAITING_DEAD = 10_000
 MAX_WAITING_BYTES = 16 << 20
-#: Upkeep rests at least this long between two pieces, and so much longer than the last one took: at a steady
-#: 20,000 events/s sealing keeps up with what arrives, and commits wait for it a tenth of the time at most.
-UPKEEP_BUSY_S, UPKEEP_REST, UPKEEP_IDLE_S = 0.2, 9.0, 2.0
+#: Between two pieces upkeep rests this long, or so many times as long as the last one took, divided by how much the
+#: store says it presses; but never less than so many times, so that commits wait a third of the time at most.
+UPKEEP_BUSY_S, UPKEEP_REST, UPKEEP_LEAST_REST = 0.2, 9.0, 2.0
+#: Between two looks whether anything is due.
+UPKEEP_IDLE_S = 2.0
 #: How often room is looked for while there is none.
 REGAIN_S = 0.5
 #: The alert that tells of a full disk or map, and of the end of that.
@@ -193,12 +195,17 @@ class TapeWriter(threading.Thread):
     def _upkeep(self) -> None:
         if time.monotonic() < self._upkeep_at:
             return
-        more, begun = False, time.monotonic()
+        pressing, begun = 0.0, time.monotonic()
         failpoint("tape.before_upkeep")
         try:
-            more = self.store is not None and self.store.maintain(steady_clock())
+            pressing = self.store.maintain(steady_clock()) if self.store is not None else 0.0
         except (StoreFull, CorruptError) as error:
             log.error("upkeep of the tape was put off: %s", error)
         failpoint("tape.after_upkeep")
         now = time.monotonic()
-        self._upkeep_at = now + (max(UPKEEP_BUSY_S, UPKEEP_REST * (now - begun)) if more else UPKEEP_IDLE_S)
+        self._upkeep_at = now + (rest_after(now - begun, pressing) if pressing else UPKEEP_IDLE_S)
+
+
+def rest_after(took: float, pressing: float) -> float:
+    """Seconds until the next piece of upkeep, when the last took `took` and the rest presses that much."""
+    return max(UPKEEP_LEAST_REST * took, max(UPKEEP_BUSY_S, UPKEEP_REST * took) / pressing)

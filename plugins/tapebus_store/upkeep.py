@@ -9,7 +9,7 @@ import lmdb
 import zstandard
 from msgspec.structs import replace
 
-from tapebus.blocks import merge_payloads, merge_runs
+from tapebus.blocks import MAX_WAIT_S, merge_payloads, merge_runs
 from tapebus.errors import CorruptError
 from tapebus.failpoints import failpoint
 from tapebus.store import Block, boot_id
@@ -25,6 +25,8 @@ Put = Callable[[lmdb.Transaction, str, bytes, bytes], None]
 
 #: So many one-event blocks are merged even before ``seal_events`` is reached: reading them costs.
 MAX_HOT_BLOCKS = 1024
+#: So many blocks that sealing would save are no hurry; with twice as many, sealing gets twice the time.
+SPARE_BLOCKS = 256
 #: So many runs of level 1 become one of level 2; 10 million events then make about 170 runs.
 MERGE_RUNS = 16
 #: One piece of retention removes at most this many blocks.
@@ -67,15 +69,26 @@ class Upkeep:
             return self._mark
         if self._too_much(tape):
             return self._drop
+        # before sealing, which makes more of them and may have no end
+        if tape.runs >= MERGE_RUNS:
+            return self._merge
         if (
             tape.hot_events >= self._config.seal_events
             or tape.hot_raw >= self._config.seal_bytes
             or tape.hot_blocks >= MAX_HOT_BLOCKS
         ):
             return self._seal
-        if tape.runs >= MERGE_RUNS:
-            return self._merge
         return None
+
+    def pressing(self, tape: books.TapeRecord, now: float) -> float:
+        """0 when nothing is due, else at least 1 and in proportion to the blocks that sealing would save.
+
+        Large blocks, as they come at the highest rates, are as good as sealed ones and do not press.
+        """
+        if self.next_piece(tape, now) is None:
+            return 0.0
+        sealed = max(tape.hot_events / self._config.seal_events, tape.hot_raw / self._config.seal_bytes)
+        return max(1.0, (tape.hot_blocks - sealed) / SPARE_BLOCKS)
 
     # -- sealing --------------------------------------------------------------------------------
 
@@ -113,8 +126,9 @@ class Upkeep:
     def _oldest_hot(self, txn: lmdb.Transaction, tape: books.TapeRecord) -> tuple[list[Block], int]:
         """The oldest hot blocks, enough for one sealed block, and their size as stored.
 
-        A block with damaged events ends the group; at its head it is left as it is, counted, and
-        from then on treated as sealed.
+        A wait between two blocks that one block cannot tell, or a step of the clock backwards, ends the group, so
+        that every event keeps its time of reception. A block with damaged events ends the group too; at its head it
+        is left as it is, counted, and from then on treated as sealed.
         """
         blocks: list[Block] = []
         events = raw = stored = 0
@@ -127,6 +141,8 @@ class Upkeep:
                 header = layout.decode_header(cursor.key(), value)
                 if blocks and header.first_seq != blocks[-1].last_seq + 1:
                     # what lies between is lost; events must not move into its place
+                    break
+                if blocks and not 0 <= header.min_received - blocks[-1].max_received < MAX_WAIT_S:
                     break
                 try:
                     block = layout.decode_block(header, bytes(value[layout.HEADER_SIZE :]), self._expand)
@@ -153,10 +169,23 @@ class Upkeep:
     # -- the correlation index ------------------------------------------------------------------
 
     def _merge(self, txn: lmdb.Transaction, tape: books.TapeRecord) -> None:
-        """Merge all runs of level 1 into one of level 2."""
-        self._merge_range(txn, tape, tape.merged_to + 1, tape.sealed_to, 2)
-        tape.merged_to, tape.runs = tape.sealed_to, 0
+        """Merge the oldest runs of level 1 into one of level 2."""
+        last, count = self._oldest_runs(txn, tape)
+        self._merge_range(txn, tape, tape.merged_to + 1, last, 2)
+        tape.merged_to, tape.runs = last, tape.runs - count if last < tape.sealed_to else 0
         failpoint("store.in_merge")
+
+    def _oldest_runs(self, txn: lmdb.Transaction, tape: books.TapeRecord) -> tuple[int, int]:
+        """The last ``bus_seq`` before which `MERGE_RUNS` runs of level 1 begin, and how many they are."""
+        count = 0
+        with txn.cursor(self._env.dbs["corr"]) as cursor:
+            found = cursor.set_range(layout.seq_key(tape.merged_to + 1))
+            while found and layout.key_seq(cursor.key()) <= tape.sealed_to:
+                if count == MERGE_RUNS:
+                    return layout.key_seq(cursor.key()) - 1, count
+                count += layout.run_level(cursor.value()) == 1
+                found = cursor.next()
+        return tape.sealed_to, count
 
     def _merge_range(self, txn: lmdb.Transaction, tape: books.TapeRecord, first: int, last: int, level: int) -> int:
         """Merge the runs that begin within `first`..`last`; returns how many are left of them (0 or 1)."""

@@ -319,19 +319,19 @@ class LmdbStore(LmdbReader):
 
     # -- upkeep ---------------------------------------------------------------------------------
 
-    def maintain(self, now: float) -> bool:
-        """Do one bounded piece of upkeep; True when more waits. `now` is what `steady_clock` shows."""
+    def maintain(self, now: float) -> float:
+        """Do one bounded piece of upkeep; how much the rest presses, 0 for none. `now` is what `steady_clock` shows."""
         self._env.check_process()
         self._note_long_run()
         self._upkeep.check_readers(now)
         work = self._upkeep.next_piece(self._tape_record, now)
         if work is None:
-            return False
+            return 0.0
         damaged = self._tape_record.damaged
         self._durably(work)
         if self._tape_record.damaged > damaged:
             self.suspect("a block could not be sealed")
-        return self._upkeep.next_piece(self._tape_record, now) is not None
+        return self._upkeep.pressing(self._tape_record, now)
 
     def older(self, seconds: float) -> int:
         """The last ``bus_seq`` on the tape for `seconds`, or for ``max_age_days`` where that is less; 0 for none."""

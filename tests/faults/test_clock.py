@@ -40,6 +40,47 @@ class Clock:
         return {"LD_PRELOAD": str(self.library), "WALLCLOCK": str(self.file)}
 
 
+#: Frames that arrive before and after a leap of the clock, packed together: the first event of each block, and how
+#: much later than that its last one was received.
+PACKED = """
+import struct, sys, threading
+from tapebus._ingest import Ingest
+from tapebus._ring import Ring
+from tapebus._scan import Topics
+from tapebus.blocks import BlockView
+
+ring = Ring(Topics(), 64)
+me = ring.producer(b"m" * 16, 0, "me", sequenced=False)
+ingest = Ingest(ring, 1)
+thread = threading.Thread(target=ingest.run)
+thread.start()
+for offset in map(int, sys.argv[2:]):
+    with open(sys.argv[1], "r+b") as file:
+        file.write(struct.pack("=q", offset))
+    filled = ring.fill[0]
+    for n in range(2):
+        ring.inject(b'{"event_type":"a","timestamp":1,"source":"s","data":{}}', me)
+    while ring.fill[0] < filled + 2:
+        ring.wait(10)
+ingest.stop()
+thread.join()
+while packed := ring.pack():
+    view = BlockView(packed[0].payload, packed[0].first_seq)
+    span = view.received_at(packed[0].last_seq) - view.received_at(packed[0].first_seq)
+    assert abs(packed[0].max_received - packed[0].min_received - span) < 1e-5
+    print(packed[0].first_seq, round(span / 60))
+"""
+
+
+def test_a_leap_of_the_clock_between_two_waiting_frames_begins_a_block(data_dir):
+    clock = Clock(data_dir)
+    offsets = (0, 3600, 2 * 3600, 4 * 3600, 3 * 3600, 3 * 3600)
+    command = [sys.executable, "-c", PACKED, str(clock.file), *map(str, offsets)]
+    done = subprocess.run(command, env=os.environ | clock.environ(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert [tuple(map(int, line.split())) for line in done.stdout.splitlines()] == [(1, 120), (7, 0), (9, 0)]
+
+
 def leap(chance: Any) -> float:
     return chance.choice((-YEAR, 10 * YEAR, -1.0, 3600.0, -3600.0, 86400.0 * 40, -86400.0 * 40, 0.0)) + chance.random()
 

@@ -84,9 +84,9 @@ class Gated:
         with self.door:
             pass
 
-    def maintain(self, now: float) -> bool:
+    def maintain(self, now: float) -> float:
         with self.writing:
-            return bool(self._store.maintain(now))
+            return float(self._store.maintain(now))
 
 
 class Life:

@@ -52,9 +52,9 @@ class MarkedStore(Marked):
         note("begin", commit=commit)
         self._run(self._real.commit, commit)
 
-    def maintain(self, now: float) -> bool:
+    def maintain(self, now: float) -> float:
         note("begin", commit=Commit())
-        return bool(self._run(self._real.maintain, now))
+        return float(self._run(self._real.maintain, now))
 
     def _run(self, call: Any, argument: Any) -> Any:
         try:
