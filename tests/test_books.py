@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import re
 import subprocess
@@ -321,6 +322,35 @@ def test_counting_the_tape_finds_what_the_accounts_promise(embed):
     bus.publish(500, first=500)
     with Tape.open(bus.data_dir) as tape:
         seen: list[int] = []
-        assert tape.count_by_source(1000, seen.append) == {"test": 1000}
-        assert tape.count_by_source(700) == {"test": 700}
+        assert tape.count_by_source(1000, seen.append) == ({"test": 1000}, [])
+        assert tape.count_by_source(700) == ({"test": 700}, [])
         assert seen[-1] == 1000 and seen == sorted(seen)
+
+
+def test_what_retention_removes_during_the_count_is_not_missing(embed, capsys, monkeypatch):
+    bus = embed(["schema", "store"], extra="[plugins.store]\nmax_events = 300\n")
+    for n in range(10):
+        bus.publish(50, first=50 * n)
+
+    def first_seq():
+        return bus.runtime.store.first_seq()
+
+    wait_until(lambda: first_seq() > 1, "retention to remove something before the count")
+
+    @contextlib.contextmanager
+    def while_counting(last_seq):
+        def progress(seq):
+            if not told:
+                told.append(seq)
+                bus.publish(400, first=500)
+                wait_until(lambda: first_seq() > seq, "retention to remove what was counted")
+
+        yield progress
+
+    told: list[int] = []
+    monkeypatch.setattr("tapebus.cli.books._progress", while_counting)
+    data_dir = ["--data-dir", str(bus.data_dir)]
+    code = main(["check", "--books", "--json", "--deep", *data_dir])
+    found = json.loads(capsys.readouterr().out)["counted"]
+    assert told and (code, found["missing"]) == (0, 0)
+    assert found["removed"] > 0 and found["removed"] + found["by_source"]["test"]["counted"] == 500

@@ -94,22 +94,28 @@ class Tape:
         accounts = [books.account(each) for each in found if each.epoch or each.watermark]
         return [*accounts, books.unsequenced(counters)], last_seq
 
-    def count_by_source(self, last_seq: int, progress: Callable[[int], None] = lambda seq: None) -> dict[str, int]:
-        """How many events up to `last_seq` name each source, every one read from the tape.
+    def count_by_source(
+        self, last_seq: int, progress: Callable[[int], None] = lambda seq: None
+    ) -> tuple[dict[str, int], list[range]]:
+        """How many events up to `last_seq` name each source, and what of ``bus_seq`` was not there to be counted.
 
-        `progress` is told the last ``bus_seq`` counted. Raises `CorruptError` where stored bytes are damaged.
+        Every event is read from the tape; retention may remove some before and some after that. `progress` is told
+        the last ``bus_seq`` counted. Raises `CorruptError` where stored bytes are damaged.
         """
         counted = 0
+        absent: list[range] = []
 
         def raw_events(block: Block) -> Iterator[bytes]:
             nonlocal counted
             view = BlockView(block.payload, block.first_seq)
             # blocks may be merged while we read: what was counted must not count again
-            first, counted = max(block.first_seq, counted + 1), min(block.last_seq, last_seq)
+            first, before, counted = max(block.first_seq, counted + 1), counted, min(block.last_seq, last_seq)
+            if first > before + 1:
+                absent.append(range(before + 1, first))
             return (view.raw(seq) for seq in range(first, counted + 1))
 
         blocks = takewhile(lambda block: block.first_seq <= last_seq, self._reader.blocks())
-        return books.counted_by_source(blocks, raw_events, progress)
+        return books.counted_by_source(blocks, raw_events, progress), absent
 
     @property
     def holes(self) -> list[tuple[int, int]]:

@@ -91,7 +91,7 @@ def rates(results: list[Any]) -> list[float]:
 def closed_books(bus: Any) -> books.Summary:
     with Tape.open(bus.data_dir) as tape:
         accounts, last_seq = tape.accounts()
-        assert sum(tape.count_by_source(last_seq).values()) == last_seq
+        assert sum(tape.count_by_source(last_seq)[0].values()) == last_seq
     total = books.summary(accounts, last_seq)
     assert total.closed, total.line()
     return total

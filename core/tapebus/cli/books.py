@@ -25,11 +25,16 @@ def show(config: Config, as_json: bool, deep: bool) -> int:
     with open_tape(config) as tape:
         accounts, last_seq = tape.accounts()
         total = books.summary(accounts, last_seq)
-        counted = _count(tape, last_seq) if deep else None
-        # what retention has removed cannot be counted any more
-        removed = tape.first_seq - 1 if deep else 0
+        counted, absent = _count(tape, last_seq) if deep else (None, [])
+        # what retention has removed cannot be counted any more, but it may remove what was counted a moment ago
+        kept_from = tape.first_seq
+        removed = sum(max(0, min(each.stop, kept_from) - each.start) for each in absent)
         # damage that was found and set aside is known by its numbers
-        damaged = sum(last - max(first, removed + 1) + 1 for first, last in tape.holes if last > removed)
+        damaged = sum(
+            max(0, min(each.stop, last + 1) - max(each.start, first, kept_from))
+            for each in absent
+            for first, last in tape.holes
+        )
     missing = last_seq - removed - damaged - sum(counted.values()) if counted is not None else 0
     report = {
         "bus": live,
@@ -62,9 +67,9 @@ def _live(config: Config) -> dict[str, Any] | None:
         raise StoreError(f"a bus runs on {config.data_dir} but does not tell its books: {error}") from None
 
 
-def _count(tape: Any, last_seq: int) -> dict[str, int]:
+def _count(tape: Any, last_seq: int) -> tuple[dict[str, int], list[range]]:
     with _progress(last_seq) as progress:
-        found: dict[str, int] = tape.count_by_source(last_seq, progress)
+        found: tuple[dict[str, int], list[range]] = tape.count_by_source(last_seq, progress)
         return found
 
 
