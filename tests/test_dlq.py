@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from typing import Any
 
 import msgspec
@@ -11,6 +12,9 @@ import pytest
 from bus_support import pushing, quote, wait_until
 from tapebus import Publisher, Tape
 from tapebus.cli import main
+from tapebus.errors import StoreFull
+from tapebus.events import DeadLetter
+from tapebus.store import Commit
 from test_units import install
 
 FRAGILE = """
@@ -189,6 +193,34 @@ def test_bytes_are_shown_as_what_they_are_and_every_verb_takes_every_filter(make
     )
     assert json.loads(out) == {"purged": [1]}
     wait_until(lambda: [each.id for each in letters(bus)] == [2, 3, 4, 5], "one to go")
+
+
+def test_a_letter_and_the_one_that_takes_its_place_change_in_one_commit_and_a_full_disk_is_waited_for(embed):
+    bus = embed(["schema", "store"])
+    store, tape = bus.runtime.store, bus.runtime.tape
+    tape.bury(DeadLetter("plugin.p", "error", "before", 1))
+    wait_until(lambda: letters(bus), "the first letter")
+    commit, commits, busy = store.commit, [], threading.Event()
+
+    def note(what: Commit) -> None:
+        if not busy.is_set():
+            # a consumer's thread reports while the tape thread is in the middle of a commit
+            busy.set()
+            tape.bury(DeadLetter("plugin.p", "error", "after", 1))
+            tape.purge([1])
+        elif what.settled and len(commits) < 2:
+            commits.append(what)
+            store.shortage = "full for the test"
+            raise StoreFull("full for the test")
+        commit(what)
+        assert len(letters(bus)) == 1, "both or neither"
+
+    store.commit = note
+    bus.publish(1)
+    wait_until(lambda: [each.detail for each in letters(bus)] == ["after"], "the second letter")
+    assert [(each.settled, [letter.detail for letter in each.dead]) for each in commits] == [([1], ["after"])] * 2
+    bus.publish(1)
+    assert bus.runtime.stats()["store"]["dead_letters"] == 1
 
 
 def test_thousands_of_letters_are_purged_at_once(make_bus, capsys):

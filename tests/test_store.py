@@ -307,8 +307,7 @@ def test_old_dead_letters_make_room_and_ids_are_never_used_again(tmp_path: Path)
     store.commit(Commit(dead=[DeadLetter("ingest", "malformed", str(i), raw=bytes(70_000)) for i in range(5)]))
     kept = [(each.id, each.detail, len(each.raw)) for each in store.dead()]
     assert kept == [(3, "2", 65536), (4, "3", 65536), (5, "4", 65536)]
-    assert store.purge_dead([4, 5, 99]) == 2
-    store.commit(Commit(dead=[DeadLetter("ingest", "malformed")]))
+    store.commit(Commit(settled=[4, 5, 99], dead=[DeadLetter("ingest", "malformed")]))
     assert [each.id for each in store.dead(after=3)] == [6]
     assert [each.id for each in store.dead(limit=1)] == [3]
     store.close()

@@ -224,7 +224,7 @@ def test_after_an_io_error_no_commit_is_tried_again(tmp_path: Path, monkeypatch:
             fill(store, 1)
     assert not isinstance(raised.value, StoreFull)
     assert raised.value.exit_code == 74
-    for attempt in (lambda: fill(store, 1), lambda: store.purge_dead([1])):
+    for attempt in (lambda: fill(store, 1), lambda: store.commit(Commit(settled=[1]))):
         with pytest.raises(StoreError, match="restart the bus"):
             attempt()
     assert raws(store.blocks()) == raws(made)

@@ -39,7 +39,6 @@ NAMES: dict[str, str] = {
     "tape.after_deliver": "tape thread: dispatch has the block",
     "tape.before_upkeep": "tape thread: about to seal, merge or remove",
     "tape.after_upkeep": "tape thread: one piece of upkeep is done",
-    "tape.after_purge": "tape thread: dead letters were removed",
     "store.created": "store: the files of a tape exist, its version is not written",
     "store.salvaged": "store: a tape of the sound records of a damaged one is written, the damaged one in its place",
     "store.set_aside": "store: the damaged tape has its new name, nothing has taken its place",

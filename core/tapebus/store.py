@@ -228,5 +228,3 @@ class Store(StoreReader, Protocol):
     def older(self, seconds: float) -> int:
         """The sequence number up to which everything has certainly been on the tape for `seconds`, or for as long as
         the tape keeps anything; 0 for nothing."""
-
-    def purge_dead(self, ids: Iterable[int]) -> int: ...

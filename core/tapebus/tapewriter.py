@@ -7,7 +7,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
 
 from tapebus._ingest import Ingest
 from tapebus._ring import Ring
@@ -57,7 +56,7 @@ class TapeWriter(threading.Thread):
         self._dead: deque[DeadLetter] = deque()
         #: A bound, not an account: counted without a lock, and from 0 again with each commit.
         self._dead_bytes = 0
-        self._purge: deque[Any] = deque()
+        self._purge: deque[list[int]] = deque()
         self._topics_done = len(store.topics()) if store is not None else 0
         self._counters_done: dict[str, int] = {}
         self._upkeep_at = time.monotonic() + UPKEEP_BUSY_S
@@ -82,13 +81,13 @@ class TapeWriter(threading.Thread):
         self.ring.wake_tape()
 
     def purge(self, ids: list[int]) -> None:
-        """Remove dead letters by id; done by the tape thread, which alone writes."""
+        """Remove dead letters by id with the next commit; from any thread. What was buried before goes with it."""
         self._purge.append(ids)
         self.ring.wake_tape()
 
     def run(self) -> None:
         try:
-            while not (self.ring.stopped and not self._dead):
+            while not (self.ring.stopped and not self._dead and not self._purge):
                 if not self._step():
                     self._upkeep()
                     self._look_for_room()
@@ -111,10 +110,8 @@ class TapeWriter(threading.Thread):
             failpoint("tape.packed")
             self._commit(block, units, changed)
             failpoint("tape.after_commit")
-            while self._purge:
-                self.store.purge_dead(self._purge.popleft())
-                failpoint("tape.after_purge")
         else:
+            self._purge.clear()
             self._dead.clear()
             self._dead_bytes = 0
         self.ring.acknowledge(changed)
@@ -131,6 +128,8 @@ class TapeWriter(threading.Thread):
 
     def _commit(self, block: Block | None, units: list[Unit], changed: list[int]) -> None:
         assert self.store is not None
+        # before the letters that take their place: those were buried first, so that they go into the same commit
+        settled = [number for _ in range(len(self._purge)) for number in self._purge.popleft()]
         dead = [self._dead.popleft() for _ in range(len(self._dead))]
         self._dead_bytes = 0
         dead += [letter for unit in units for letter in unit.dead]
@@ -142,7 +141,7 @@ class TapeWriter(threading.Thread):
             dead,
             self.ring.topics.after(self._topics_done),
             counters if counters != self._counters_done else {},
-            [number for unit in units for number in unit.settled],
+            [*settled, *(number for unit in units for number in unit.settled)],
         )
         while True:
             try:

@@ -6,7 +6,6 @@ import errno
 import os
 import resource
 import time
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -337,14 +336,8 @@ class LmdbStore(LmdbReader):
         """The last ``bus_seq`` on the tape for `seconds`, or for ``max_age_days`` where that is less; 0 for none."""
         return self._upkeep.older(seconds)
 
-    def purge_dead(self, ids: Iterable[int]) -> int:
-        """Remove dead letters by id; returns how many there were."""
-        return int(self._durably(self._purge, list(ids)))
-
-    def _purge(self, txn: lmdb.Transaction, tape: books.TapeRecord, ids: list[int]) -> int:
-        gone = sum(txn.delete(layout.seq_key(each), db=self._env.dbs["dead"]) for each in ids)
-        tape.dead -= gone
-        return gone
+    def _purge(self, txn: lmdb.Transaction, tape: books.TapeRecord, ids: list[int]) -> None:
+        tape.dead -= sum(txn.delete(layout.seq_key(each), db=self._env.dbs["dead"]) for each in ids)
 
     def _note_long_run(self) -> None:
         """After some seconds this run is none of those that a damaged tape may have ended."""

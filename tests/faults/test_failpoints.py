@@ -19,7 +19,6 @@ from producers import Producer, finish
 
 from bus_support import PATIENCE, wait_until
 from tapebus import Publisher, Tape
-from tapebus.errors import TapebusError
 from tapebus.failpoints import NAMES, VARIABLE
 from tapebus_store import LmdbStore, StoreConfig
 from tapebus_store.upkeep import MERGE_RUNS
@@ -37,7 +36,7 @@ SETTINGS = {
     "store.in_drop": {"TAPEBUS_PLUGINS_STORE_MAX_AGE_DAYS": str(5 / 86400)},
 }
 #: Reached while the tape is new or the bus starts or stops: once is all there is.
-ONCE = ("start.", "stop.", "store.created", "store.salvaged", "store.set_aside", "tape.after_purge")
+ONCE = ("start.", "stop.", "store.created", "store.salvaged", "store.set_aside")
 ONCE += ("store.before_grow", "store.after_grow", "store.in_seal", "store.in_merge", "store.in_drop")
 ONCE += ("tape.before_upkeep", "tape.after_upkeep")
 ONCE += ("supervisor.before_child", "supervisor.after_child", "worker.started", "worker.stopping")
@@ -61,7 +60,7 @@ class Rig:
         self.producers = [Producer(bus.acked, source, directory, rate=1500) for source in ("elite_guard", "webapp")]
         self.checker = Checker(bus.data_dir, [each.ledger for each in self.producers], TRIGGERS)
         self.noise = Publisher("noise", endpoint=bus.acked)
-        self.noisy = self.purged = 0
+        self.noisy = 0
 
     def kill_at(self, name: str) -> None:
         """One life of the bus, or of a producer beside it, that ends at `name`."""
@@ -115,8 +114,6 @@ class Rig:
             wait_until(lambda: self._was_reached(name), f"the worker to die at {name}")
             self.bus.kill()
         else:
-            if name == "tape.after_purge":
-                self._purge()
             self._disturb()
             assert self._end() == -signal.SIGKILL, name
 
@@ -149,15 +146,6 @@ class Rig:
                         self.noisy += self.noise.publish("market_data", {"symbol": "X" * 40, "bid": 1.0, "ask": 1.0})
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self.bus.process.wait(0.05)
-
-    def _purge(self) -> None:
-        self.bus.wait_for(lambda stats: True, "to answer")
-        with Tape.open(self.bus.data_dir) as tape:
-            ids = [letter.id for letter in tape.dead_letters(limit=3)]
-        assert ids, "no dead letter to purge"
-        self.purged += len(ids)
-        with contextlib.suppress(TapebusError):
-            self.bus.request("dlq_purge", ids=ids)
 
     def _seal_until_merge(self) -> None:
         """Bring the tape to where the next piece of upkeep merges the index."""
@@ -211,7 +199,7 @@ class Rig:
         with Tape.open(self.bus.data_dir) as tape:
             letters = [letter.bus_seq for letter in tape.dead_letters() if letter.place == "schema"]
         assert len(letters) == len(set(letters)), "an event was judged twice"
-        assert self.noisy - self.purged <= len(letters) <= self.noisy
+        assert len(letters) == self.noisy
         return verdict
 
 
