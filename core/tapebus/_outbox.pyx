@@ -167,10 +167,13 @@ cdef class Outbox:
                 self.read_at = self.write_at = self.free_at = start[0]
         return start[0] + size - self.free_at <= self.capacity_bytes
 
+    cdef bint has_room(self, uint64_t size, uint64_t *start) noexcept:
+        return self.head - self.tail < self.capacity_events and self.reserve(size + self.overhead, start)
+
     cdef uint64_t put(self, const uint8_t *data, uint64_t size) noexcept:
         cdef uint64_t start, seq
         cdef entry_t *entry
-        if self.head - self.tail >= self.capacity_events or not self.reserve(size + self.overhead, &start):
+        if not self.has_room(size, &start):
             self.lose(RING_FULL if self.mark == NULL else SPOOL_FULL)
             return 0
         if self.mark == NULL:
@@ -327,6 +330,11 @@ cdef class Outbox:
     cpdef uint64_t append(self, bytes event) except? 0:
         """Keep one encoded event; returns its number, or 0 when there is no room (counted ``client.ring_full``)."""
         return self.put(<const uint8_t *>PyBytes_AS_STRING(event), PyBytes_GET_SIZE(event))
+
+    def offer(self, bytes event):
+        """Like `append`, but without room nothing is counted and no number used up: 0, to be tried again later."""
+        cdef uint64_t start
+        return self.append(event) if self.has_room(PyBytes_GET_SIZE(event), &start) else 0
 
     cpdef void drop(self, uint8_t place) except *:
         """Count one event as dropped at `place`, a code of `wire.PLACES`; it uses up a number."""

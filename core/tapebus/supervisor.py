@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import select
 import signal
@@ -29,6 +30,8 @@ BACKOFF_S = 0.2
 BACKOFF_MAX_S, BACKOFF_PROGRESS_S = 30.0, 2.0
 #: Seconds a child has to finish when it is asked to.
 STOP_S = 2.0
+#: A silence is counted in this many pieces per deadline: more than one at a time, and this process itself stood still.
+LOOKS = 5
 #: Variables every program needs to find its way; a child gets no other but those its own table names.
 ENVIRONMENT = ("PATH", "PYTHONPATH", "HOME", "USER", "LANG", "TZ", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH", VARIABLE)
 
@@ -36,7 +39,9 @@ ENVIRONMENT = ("PATH", "PYTHONPATH", "HOME", "USER", "LANG", "TZ", "TMPDIR", "VI
 class ProcessConsumer(threading.Thread):
     """Looks to the statistics like a fence; the child may hang, leak, abort or be killed.
 
-    An event in whose hands the child dies ``faults.deaths`` times becomes a dead letter and is skipped.
+    An event in whose hands the child dies ``faults.deaths`` times becomes a dead letter and is skipped. What the
+    child says is none of the event's fault (a full disk, a bus that is away) does not count, nor does its silence
+    while the bus itself was stopped.
     """
 
     def __init__(
@@ -75,6 +80,8 @@ class ProcessConsumer(threading.Thread):
         self._trying = (0, 0)
         self._at = self._settling = 0
         self._type = ""
+        #: What the child gave as the reason why it cannot work, or ended.
+        self._excuse = ""
         self._deaths: dict[int, int] = {}
         self._again: dict[int, DeadLetter] = {}
 
@@ -107,7 +114,7 @@ class ProcessConsumer(threading.Thread):
         os.close(self._bell_read)
 
     def _rest(self, seconds: float | None) -> None:
-        if select.select([self._bell_read], [], [], seconds)[0]:
+        if _ready([self._bell_read], seconds):
             os.read(self._bell_read, 4096)
 
     def _ring(self, wanted: str) -> None:
@@ -127,8 +134,8 @@ class ProcessConsumer(threading.Thread):
             return True
         # a child that stands still was seen at its last event, one that dies need not have been
         suspect = self._at if reason == TIMEOUT and self._at else first if first == last else 0
-        self._orders.careful_to = last
-        if not suspect:
+        self._orders.careful_to = max(self._orders.careful_to, last)
+        if suspect <= self.cursor:
             return False
         count = self._deaths[suspect] = self._deaths.get(suspect, 0) + 1
         if count < self.consumer.faults.deaths:
@@ -146,7 +153,7 @@ class ProcessConsumer(threading.Thread):
     def _one_life(self) -> tuple[str, str]:
         """Run one child to its end: the reason code and what happened."""
         self._base = (self.handled, self.errors, self.over_budget)
-        self._at = 0
+        self._at, self._excuse = 0, ""
         failpoint("supervisor.before_child")
         try:
             child = subprocess.Popen(
@@ -169,6 +176,11 @@ class ProcessConsumer(threading.Thread):
                 outcome = self._listen(child)
             except BrokenPipeError:
                 outcome = None
+            except OSError as error:
+                # no descriptor left to watch it with
+                child.kill()
+                self._innocent(f"cannot be watched: {error.strerror}")
+                outcome = CRASHED, self._excuse
             except (msgspec.MsgspecError, KeyError, TypeError, IndexError) as error:
                 child.kill()
                 outcome = CRASHED, f"reported nonsense ({type(error).__name__}) and was killed"
@@ -178,27 +190,30 @@ class ProcessConsumer(threading.Thread):
     def _listen(self, child: subprocess.Popen[bytes]) -> tuple[str, str] | None:
         """Hear the child until it ends (None) or has to be ended (why)."""
         assert child.stdout is not None
-        fd, wait = child.stdout.fileno(), self._start_s
+        fd, wait, silence = child.stdout.fileno(), self._start_s, 0.0
         with _ending(child) as ended:
             buffer = b""
-            heard_at = time.monotonic()
             while True:
-                until = min(heard_at + wait, self._stop_at) if self._wanted != "running" else heard_at + wait
-                ready = select.select([fd, ended, self._bell_read], [], [], max(0.0, until - time.monotonic()))[0]
+                begun, patience = time.monotonic(), min(wait / LOOKS, wait - silence)
+                if self._wanted != "running":
+                    patience = max(0.0, min(patience, self._stop_at - begun))
+                ready = _ready([fd, ended, self._bell_read], patience)
                 if self._bell_read in ready:
                     os.read(self._bell_read, 4096)
                     self._tell(child)
                 elif not ready:
-                    child.kill()
-                    return TIMEOUT, f"made no progress for {wait:g} s and was killed"
+                    silence += patience
+                    if silence >= wait or (self._wanted != "running" and time.monotonic() >= self._stop_at):
+                        child.kill()
+                        return TIMEOUT, f"made no progress for {wait:g} s and was killed"
                 elif fd in ready:
                     piece = os.read(fd, 65536)
                     if not piece:
                         # usually the end; a child that only closed its output cannot be heard any more
-                        if not select.select([ended], [], [], STOP_S)[0]:
+                        if not _ready([ended], STOP_S):
                             child.kill()
                         return None
-                    wait, heard_at = self.consumer.faults.deadline_s, time.monotonic()
+                    wait, silence = self.consumer.faults.deadline_s, 0.0
                     *lines, buffer = (buffer + piece).split(b"\n")
                     for line in lines:
                         self._hear(line)
@@ -209,7 +224,7 @@ class ProcessConsumer(threading.Thread):
         assert child.stdin is not None
         with contextlib.suppress(OSError):
             if self._wanted == "running":
-                again = [[each.id, each.bus_seq] for each in self._again.values()]
+                again = [[each.id, each.bus_seq] for each in list(self._again.values())]
                 child.stdin.write(msgspec.json.encode({"again": again}) + b"\n")
             else:
                 child.stdin.close()
@@ -223,6 +238,8 @@ class ProcessConsumer(threading.Thread):
         code = child.wait()
         if code == EXIT_MEMORY:
             return CRASHED, f"needed more than its {self.consumer.faults.memory_mb} MB"
+        if self._excuse:
+            return CRASHED, self._excuse
         return CRASHED, f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
 
     def _hear(self, line: bytes) -> None:
@@ -233,11 +250,14 @@ class ProcessConsumer(threading.Thread):
         elif "trying" in report:
             self._trying = (report["trying"][0], report["trying"][1])
             self._at, self._type = self._trying[0], report["type"]
+            self._excuse = ""
         elif "at" in report:
             if report["at"]:
                 self._at, self._type = report["at"], report["type"]
         elif "health" in report:
             self.told = (report["health"], report["metrics"])
+        elif "excuse" in report:
+            self._innocent(report["excuse"])
         elif "settling" in report:
             self._settling = report["settling"]
         elif "settled" in report:
@@ -247,6 +267,14 @@ class ProcessConsumer(threading.Thread):
             self._purge(report["settled"])
         else:
             self._take(report)
+
+    def _innocent(self, excuse: str) -> None:
+        """Whatever is in the child's hands has no part in what happens to it next."""
+        self._orders.careful_to = max(self._orders.careful_to, self._trying[1])
+        self._trying = (0, 0)
+        self._at = self._settling = 0
+        self._excuse = self.last_error = excuse
+        log.warning("consumer %s: its process %s", self.consumer.name, excuse)
 
     def _take(self, report: dict[str, Any]) -> None:
         if report["cursor"] > self.cursor:
@@ -282,6 +310,14 @@ class ProcessConsumer(threading.Thread):
     def stop(self) -> None:
         """Ask the child to finish its batch and end; its thread kills it after two seconds."""
         self._ring("stopped")
+
+
+def _ready(fds: list[int], seconds: float | None) -> list[int]:
+    """Which of `fds` can be read within so many seconds; select() would refuse the numbers of a bus with many peers."""
+    poller = select.poll()
+    for fd in fds:
+        poller.register(fd, select.POLLIN)
+    return [fd for fd, _ in poller.poll(None if seconds is None else math.ceil(seconds * 1000))]
 
 
 @contextlib.contextmanager

@@ -20,14 +20,16 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
-from tapebus import plugins, trust
+from tapebus import plugins, trust, wire
+from tapebus._outbox import MAX_EVENT
 from tapebus.config import Config
 from tapebus.consumer import Consumer
-from tapebus.errors import PluginError
+from tapebus.errors import PluginError, StoreFull, TapebusError
 from tapebus.events import DeadLetter, Event
 from tapebus.failpoints import failpoint
 from tapebus.fence import Fence, PluginContext
@@ -41,12 +43,15 @@ from tapebus.wiring import identity
 _OUT, _EPOCH, _NEXT, _SETTLED = "\x00out:", "\x00epoch", "\x00next", "\x00settled:"
 MAX_BATCH = 256
 IDLE_S = 1.0
+#: Longest wait for the bus to take some of what was emitted, and for room on the disk, before the next look.
+FEED_S, REGAIN_S = 0.25, 0.5
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
 #: How a child ends whose plugin wants more memory than it may have.
 EXIT_MEMORY = 70
 #: Reports of a handler's progress per deadline.
 PULSES = 5
 MAX_FILES = 1024
+_ENCODE = next(code for code, name in wire.PLACES.items() if name == "client.encode")
 
 
 class Orders(msgspec.Struct):
@@ -64,10 +69,15 @@ class Orders(msgspec.Struct):
 
 
 class Outlet:
-    """Emitted events on their way to the bus: durable here first, forgotten once the bus has them."""
+    """Emitted events on their way to the bus: durable here first, forgotten once the bus has them.
 
-    def __init__(self, store: Any, orders: Orders) -> None:
+    Each has its number for good. The publisher gets them in that order, as many as its memory holds; the rest
+    waits in `backlog`. `rest` waits for at most so many seconds and is False once the worker is told to stop.
+    """
+
+    def __init__(self, store: Any, orders: Orders, rest: Callable[[float], bool]) -> None:
         self._store = store
+        self._rest = rest
         self._namespace = orders.plugin
         kept = {k: v for k, v in store.state(orders.plugin).items() if k.startswith("\x00")}
         self._changes: dict[str, bytes | None] = {}
@@ -83,9 +93,27 @@ class Outlet:
             orders.endpoint,
             _identity=(identity(f"worker:{orders.consumer}"), int.from_bytes(kept[_EPOCH], "big"), first),
         )
-        for number in sorted(waiting):
-            self.publisher.outbox.append(waiting[number])
-        self.publisher.flush(0.0)
+        self.backlog = deque(waiting[number] for number in sorted(waiting))
+        self.feed()
+
+    def feed(self) -> bool:
+        """Hand to the publisher what it has room for; whether that was all."""
+        outbox = self.publisher.outbox
+        fed = len(self.backlog)
+        while self.backlog:
+            if len(self.backlog[0]) > MAX_EVENT:
+                # its number goes to the bus all the same, as that of a dropped event
+                outbox.drop(_ENCODE)
+            elif not outbox.offer(self.backlog[0]):
+                break
+            self.backlog.popleft()
+        if fed > len(self.backlog):
+            self.publisher.flush(0.0)
+        return not self.backlog
+
+    def wait(self) -> None:
+        """Wait a moment for the bus to take what the publisher holds."""
+        self.publisher.flush(FEED_S)
 
     def commit(self, unit: Unit, frame: bytes) -> None:
         """Make the unit durable together with what it emits, then publish."""
@@ -95,7 +123,8 @@ class Outlet:
             self._next += 1
         if events:
             self._changes[_NEXT] = self._next.to_bytes(8, "big")
-        pending = self.publisher.outbox.first_pending
+        # a bus that has lost its past makes the publisher count anew; here the numbers go on
+        pending = self.publisher.outbox.first_pending + self.publisher.outbox.renumbered
         for number in range(self._oldest, pending):
             self._changes[f"{_OUT}{number:020d}"] = None
         self._oldest = max(self._oldest, pending)
@@ -108,17 +137,29 @@ class Outlet:
         unit.state = {**unit.state, **self._changes}
         self._changes = {}
         failpoint("worker.before_commit")
-        self._store.commit(Commit(units=[unit]))
+        self._write(Commit(units=[unit]))
         if unit.settled:
             _report({"settled": unit.settled})
         failpoint("worker.after_commit")
-        for raw in events:
-            while not self.publisher.outbox.append(raw):
-                # the bus is away and the memory is full: wait, what was emitted is durable
-                self.publisher.flush(IDLE_S)
-        if events:
-            self.publisher.flush(0.0)
+        self.backlog.extend(events)
+        self.feed()
         failpoint("worker.published")
+
+    def _write(self, commit: Commit) -> None:
+        """Commit, as soon as there is room; told to stop meanwhile, end: the next life does the unit again."""
+        told = False
+        while True:
+            try:
+                self._store.commit(commit)
+                break
+            except StoreFull as error:
+                if not told:
+                    _report({"excuse": f"waits for room: {error}"})
+                    told = True
+                if not self._rest(REGAIN_S):
+                    sys.exit(0)
+        if self._store.shortage:
+            self._store.regain()
 
 
 class Worker:
@@ -133,7 +174,8 @@ class Worker:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._store = self._manager.hook.tapebus_open_store(data_dir=directory, config={}, readonly=False)
         saved = self._store.cursors().get(orders.consumer)
-        self._outlet = Outlet(self._store, orders)
+        self._again: deque[tuple[int, int]] = deque()
+        self._outlet = Outlet(self._store, orders, self._obey)
         state = {k: v for k, v in self._store.state(orders.plugin).items() if not k.startswith("\x00")}
         context = PluginContext(orders.plugin, config.plugin(orders.plugin), config.data_dir, state, time.time)
         self._context = context
@@ -146,7 +188,6 @@ class Worker:
         self.fence = Fence(
             self._consumer, orders.plugin, context, saved.cursor, ahead, self._outlet.commit, _end_without_memory
         )
-        self._again: deque[tuple[int, int]] = deque()
         self._tape = Tape.open(config.data_dir)
 
     def _find(self, orders: Orders) -> Consumer:
@@ -166,12 +207,11 @@ class Worker:
         self._progress(first=True)
         threading.Thread(target=self._pulse, name="tapebus-pulse", daemon=True).start()
         while self._obey(0.0):
-            self.fence.tick(time.monotonic())
-            if self._again and self.fence.ready:
-                self._settle()
-            elif not self._deliver():
-                self.fence.close_unit()
-                self._idle()
+            if self._outlet.feed():
+                self._work()
+            else:
+                # durable already; nothing more is taken on before the bus has taken some of it
+                self._outlet.wait()
             self._progress()
         failpoint("worker.stopping")
         self.fence.close_unit(force=True)
@@ -179,6 +219,18 @@ class Worker:
         plugins.call_one(self._manager, "tapebus_stop", self._context.name, context=self._context)
         self._tape.close()
         self._store.close()
+
+    def _work(self) -> None:
+        self.fence.tick(time.monotonic())
+        if self._again and self._ready:
+            self._settle()
+        elif not self._deliver():
+            self.fence.close_unit()
+            self._idle()
+
+    @property
+    def _ready(self) -> bool:
+        return self.fence.ready and not self._outlet.backlog
 
     def _idle(self) -> None:
         fence = self.fence
@@ -190,16 +242,16 @@ class Worker:
     def _deliver(self) -> bool:
         fence = self.fence
         last = self._tape.last_seq
-        if not fence.ready or fence.cursor >= last:
+        if not self._ready or fence.cursor >= last:
             return False
         events = list(self._tape.read(fence.cursor, topics=list(self._consumer.topics), limit=MAX_BATCH))
         events = [event for event in events if event.bus_seq <= last]
         horizon = events[-1].bus_seq if len(events) == MAX_BATCH else last
-        while events and events[0].bus_seq <= self._orders.careful_to and fence.ready:
+        while events and events[0].bus_seq <= self._orders.careful_to and self._ready:
             event = events.pop(0)
             self._hand_over([event], event.bus_seq)
             self._progress()
-        if fence.ready:
+        if self._ready:
             self._hand_over(events, horizon)
         return True
 
@@ -345,12 +397,20 @@ def main() -> None:
         return
     orders = msgspec.json.decode(line, type=Orders)
     _confine(orders.parent)
-    worker = Worker(orders)
-    _limit_memory(worker.fence.consumer.faults.memory_mb)
     try:
+        worker = Worker(orders)
+        _limit_memory(worker.fence.consumer.faults.memory_mb)
         worker.run()
     except MemoryError as error:
         _end_without_memory(error)
+        raise
+    except Exception as error:
+        # the plugin is behind its fence: what gets here is never the fault of the event in hand
+        with contextlib.suppress(OSError):
+            _report({"excuse": f"failed: {type(error).__name__}: {error}"[:300]})
+        if not isinstance(error, TapebusError):
+            raise
+        sys.exit(f"tapebus: consumer {orders.consumer}: {error}")
 
 
 if __name__ == "__main__":
