@@ -20,7 +20,7 @@ from tapebus import Consumer, hookimpl
 @hookimpl
 def tapebus_register_consumers(context):
     def handler(batch):
-        flag = context.data_dir / "{name}.slow"
+        flag = context.data_dir.parent / "{name}.slow"
         if flag.exists():
             time.sleep(float(flag.read_text() or 0))
         count = int(context.state.get("count", b"0"))
@@ -45,8 +45,8 @@ def install(bus: Any, directory: Path) -> None:
 
 
 def slow_down(bus: Any, name: str, seconds: float) -> None:
-    """Let every batch of one plugin take so long from now on; 0 for as fast as it can."""
-    file = bus.data_dir / f"{name}.slow"
+    """Let every batch of one plugin take so long from now on; 0 for as fast as it can. Not on the disk that fills."""
+    file = bus.data_dir.parent / f"{name}.slow"
     if seconds:
         file.write_text(str(seconds))
     else:
