@@ -83,6 +83,21 @@ def test_more_than_the_publisher_holds_waits_on_disk_across_restarts_and_comes_o
     assert outlet.bus.stop() == 0
 
 
+def test_what_a_worker_that_ends_has_not_sent_is_left_to_its_next_life_and_not_given_up(outlet):
+    outlet.bus.start()
+    life = outlet()
+    emit(life, 0, 1)
+    assert life.publisher.flush(30.0)
+    # far more than the credit of one connection, and the end right behind it
+    emit(life, 1, 60_000)
+    life = outlet()
+    assert life.publisher.stats()["in_flight"], "all was sent before the end"
+    emit(life, 60_001, 1)
+    wait_until(lambda: life.feed() and life.publisher.flush(1.0), "the rest to arrive")
+    assert emitted(outlet.bus) == list(range(60_002))
+    outlet.bus.wait_for(lambda stats: not stats["bus"]["unexplained"], "to close its books")
+
+
 def test_an_emitted_event_too_large_for_a_frame_holds_up_nothing(outlet):
     outlet.bus.start()
     life = outlet()

@@ -100,8 +100,11 @@ class Sender:
         sync_s: float = 0.0,
         orphans: Sequence[Spool] = (),
         keys: Keys | None = None,
+        kept: bool = False,
     ) -> None:
         self._keys = keys
+        #: Whoever publishes has the events on a disk of its own, and sends what is left in its next life.
+        self._kept = kept
         self.outbox, self.source, self.endpoint = outbox, source, endpoint
         self.batch_size, self.batch_timeout = batch, linger_s
         self.producer_id, self.epoch = ident
@@ -312,7 +315,7 @@ class Sender:
             self._say_goodbye()
 
     def _say_goodbye(self) -> None:
-        if self.connected and self.spool is None and self._sent < self._highest():
+        if self.connected and self.spool is None and not self._kept and self._sent < self._highest():
             # What never left is lost with this process. What is on its way may still arrive, so it is not told of.
             self._send(wire.GAP, wire.S_GAP.pack(self._sent + 1, self._highest(), self._highest(), wire.ABANDONED))
         self._send(wire.BYE, b"")

@@ -90,6 +90,7 @@ class Publisher(Emitter):
         self._orphans: list[spools.Spool] = []
         self._adopted = 0
         self._setup(source, Outbox(*self._capacity, _identity[2] if _identity else 1))
+        self._kept = _identity is not None
         self._identity = _identity[:2] if _identity else (uuid.uuid4().bytes, spools.new_epoch())
         self._spool: spools.Spool | None = None
         self._opening = threading.Lock()
@@ -146,6 +147,7 @@ class Publisher(Emitter):
                     sync_s=self._sync_s,
                     orphans=self._orphans,
                     keys=self._keys,
+                    kept=self._kept,
                 )
                 sender.thread.start()
                 self._sender, self.wake_fd = sender, sender.writer
@@ -162,7 +164,7 @@ class Publisher(Emitter):
         self._starting, self._opening = threading.Lock(), threading.Lock()
         after_fork(self._sender)
         self._sender, self.wake_fd = None, -1
-        self._identity = (uuid.uuid4().bytes, spools.new_epoch())
+        self._identity, self._kept = (uuid.uuid4().bytes, spools.new_epoch()), False
         self._orphans, self._adopted = [], 0
         if self._spool is None:
             self.outbox.reset(1)
