@@ -14,6 +14,16 @@ import pytest
 
 from tapebus.cli import _COMMANDS, main
 from tapebus.cli.common import WIDTH, When, cut, table
+from test_units import install
+
+HI = """
+@hookimpl
+def tapebus_register_commands(cli):
+    @cli.command()
+    def hi():
+        "Say hi."
+        click.echo("hi there")
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +111,23 @@ def test_check_says_of_a_plugins_table_what_the_start_would_say(capsys, make_bus
 def test_check_sees_where_no_directory_can_be_made(capsys, place):
     assert main(["check", "--data-dir", place]) == 78
     assert f"{place} cannot be created" in capsys.readouterr().out
+
+
+def test_commands_of_a_plugin_that_a_configuration_enables_are_there(tmp_path):
+    install(tmp_path, "hi", "import click\nfrom tapebus import hookimpl\n" + HI)
+    config = tmp_path / "bus.toml"
+    config.write_text('[plugins]\nenabled = ["schema", "store", "hi"]\n')
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+
+    def said(*args, **variables):
+        command = [sys.executable, "-m", "tapebus", *args]
+        variables = {**os.environ, "PYTHONPATH": path, **variables}
+        return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60, check=False).stdout
+
+    where = {"TAPEBUS_CONFIG": str(config)}
+    assert said("hi", **where) == said("--config", str(config), "hi") == "hi there\n"
+    assert "Say hi." in said("--help", **where) and "Say hi." in said("--config", str(config), "--help")
+    assert "Say hi." not in said("--help")
 
 
 def test_check_names_a_directory_that_others_use(capsys, tmp_path):

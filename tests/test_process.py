@@ -32,6 +32,8 @@ def tapebus_register_consumers(context):
             if event.data.action == "slow":
                 print("{still here}", flush=True)
                 time.sleep(0.25)
+            if event.data.action == "abort":
+                os._exit(3)
             if event.data.action == "raise":
                 raise ValueError("as told")
             count = int(context.state.get("count", b"0")) + 1
@@ -77,6 +79,7 @@ acked = "tcp://127.0.0.1:{acked}"
 enabled = ["schema", "store", "echo"]
 [plugins.echo.faults]
 deadline_s = 3.0
+deaths = 2
 """
     )
     with Runtime(Config.load(config)) as running:
@@ -134,6 +137,17 @@ def test_a_hung_worker_is_killed_and_continues_from_its_cursor(runtime: Runtime)
     assert [each.data["count"] for each in found] == list(range(1, 22))
     assert row(runtime)["state"] == "running"
     assert "killed" in row(runtime)["last_error"]
+
+
+def test_events_in_a_row_that_end_the_process_are_buried_once_each(runtime: Runtime) -> None:
+    publish(runtime, 1)
+    publish(runtime, 3, "abort")
+    publish(runtime, 1)
+    found = wait_for(lambda: answered(runtime, 2), "both good events", 60.0)
+    assert [each.data["of"] for each in found] == [1, 5]
+    with Tape.open(runtime.config.data_dir) as tape:
+        letters = wait_for(lambda: len(list(tape.dead_letters())) >= 3 and list(tape.dead_letters()), "three letters")
+    assert [(each.reason, each.bus_seq) for each in letters] == [("crashed", 2), ("crashed", 3), ("crashed", 4)]
 
 
 def test_an_event_the_worker_cannot_handle_becomes_a_dead_letter(runtime: Runtime) -> None:

@@ -250,6 +250,8 @@ class Worker:
         while events and events[0].bus_seq <= self._orders.careful_to and self._ready:
             event = events.pop(0)
             self._hand_over([event], event.bus_seq)
+            # the supervisor forgets what to skip below the cursor it is told, which must be on disk then
+            fence.close_unit(force=True)
             self._progress()
         if self._ready:
             self._hand_over(events, horizon)

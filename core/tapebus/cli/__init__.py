@@ -91,7 +91,9 @@ class Commands(click.Group):
 
         problems = []
         try:
-            given = {**(ctx.obj or {})}
+            # before the group itself has run, and for help before a variable was looked at
+            given: dict[str, Any] = {"config": ctx.params.get("config") or os.environ.get("TAPEBUS_CONFIG")}
+            given["data_dir"] = ctx.params.get("data_dir")
             for flag, key in (("--config", "config"), ("--data-dir", "data_dir")):
                 if flag in args[:-1]:
                     given[key] = args[args.index(flag) + 1]
@@ -113,9 +115,14 @@ class Commands(click.Group):
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
-    "--config", "config", type=click.Path(), envvar="TAPEBUS_CONFIG", help="TOML file with the configuration."
+    "--config",
+    "config",
+    type=click.Path(),
+    envvar="TAPEBUS_CONFIG",
+    is_eager=True,
+    help="TOML file with the configuration.",
 )
-@click.option("--data-dir", "data_dir", type=click.Path(), help="Directory of the tape.")
+@click.option("--data-dir", "data_dir", type=click.Path(), is_eager=True, help="Directory of the tape.")
 @click.version_option(package_name="tapebus", message="%(prog)s %(version)s")
 @click.pass_context
 def cli(ctx: click.Context, config: str | None, data_dir: str | None) -> None:

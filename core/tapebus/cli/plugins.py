@@ -59,7 +59,7 @@ def _tell_breakers(consumers: list[dict[str, Any]]) -> None:
         for at, state, reason in each["history"][-5:]:
             first = f"  {clock(at)}  {state:<10}  "
             lines = textwrap.wrap(visible(reason), WIDTH, initial_indent=first, subsequent_indent=" " * len(first))
-            click.echo("\n".join(lines))
+            click.echo("\n".join(lines or [first.rstrip()]))
 
 
 def _print_hashes() -> None:
