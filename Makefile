@@ -22,7 +22,7 @@ demo: $(VENV)/.built
 test: $(VENV)/.built $(VENV)/.test
 	@$(BIN)/pytest -q -n $(WORKERS) $(ARGS)
 
-# The fault tests at their larger sizes: SIZE=long about half an hour, SIZE=full hours. Alone on the machine, one at a time.
+# The fault tests at their larger sizes: SIZE=long about an hour, SIZE=full a day. Alone on the machine, one at a time.
 SIZE ?= long
 faults: $(VENV)/.built $(VENV)/.test
 	@$(BIN)/pytest -q -p no:cacheprovider --timeout 7200 --faults $(SIZE) $(or $(ARGS),tests/faults)

@@ -144,7 +144,7 @@ def test_every_frame_is_stored_as_sent_or_counted_and_delivered_as_strict_decode
 ):
     mix = Frames(chance, seeds)
     way.send(seeds)
-    total = size(20_000, 2_000_000, 10_000_000)
+    total = size(20_000, 500_000, 10_000_000)
     before, started = resident_bytes(), time.monotonic()
     # the code under test is warm by now; what grows from here on is a leak
     while way.sent < total:

@@ -57,7 +57,7 @@ def stored(bus):
 
 def test_a_killed_producer_loses_nothing_it_published(make_bus, tmp_path, size, chance, figures):
     """The bus is killed and paused meanwhile, and the producer is started again, or its spool is left to the bus."""
-    cycles = size(5, 100, 1000)
+    cycles = size(5, 50, 1000)
     spool_dir, ledger = tmp_path / "spool", tmp_path / "ledger"
     bus = make_bus(["schema", "store"]).start()
     first = taken_over = 0
