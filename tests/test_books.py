@@ -18,6 +18,7 @@ from bus_support import pushing, quote, wait_until
 from tapebus import Publisher, Tape, books, places, wire
 from tapebus.blocks import crc32c
 from tapebus.cli import main
+from tapebus.cli.books import _explain
 from tapebus.events import PLUGIN_REASONS
 from tapebus.store import MAX_GAPS, Commit, Gap, ProducerBook
 
@@ -354,3 +355,17 @@ def test_what_retention_removes_during_the_count_is_not_missing(embed, capsys, m
     found = json.loads(capsys.readouterr().out)["counted"]
     assert told and (code, found["missing"]) == (0, 0)
     assert found["removed"] > 0 and found["removed"] + found["by_source"]["test"]["counted"] == 500
+
+
+@pytest.mark.parametrize(
+    ("absent", "holes", "kept_from", "expected"),
+    [
+        ([range(1, 101)], [], 101, (100, 0)),
+        ([range(1, 101)], [(1, 100)], 101, (0, 100)),
+        ([range(1, 101), range(200, 210)], [(51, 80), (200, 209)], 101, (70, 40)),
+        ([range(5, 7)], [], 1, (0, 0)),
+        ([], [(1, 50)], 101, (0, 0)),
+    ],
+)
+def test_what_damage_took_from_the_head_of_a_tape_is_not_called_retention(absent, holes, kept_from, expected):
+    assert _explain(absent, holes, kept_from) == expected

@@ -26,15 +26,8 @@ def show(config: Config, as_json: bool, deep: bool) -> int:
         accounts, last_seq = tape.accounts()
         total = books.summary(accounts, last_seq)
         counted, absent = _count(tape, last_seq) if deep else (None, [])
-        # what retention has removed cannot be counted any more, but it may remove what was counted a moment ago
-        kept_from = tape.first_seq
-        removed = sum(max(0, min(each.stop, kept_from) - each.start) for each in absent)
-        # damage that was found and set aside is known by its numbers
-        damaged = sum(
-            max(0, min(each.stop, last + 1) - max(each.start, first, kept_from))
-            for each in absent
-            for first, last in tape.holes
-        )
+        # after the count: what was counted a moment ago, retention may have removed by now
+        removed, damaged = _explain(absent, tape.holes, tape.first_seq)
     missing = last_seq - removed - damaged - sum(counted.values()) if counted is not None else 0
     report = {
         "bus": live,
@@ -65,6 +58,17 @@ def _live(config: Config) -> dict[str, Any] | None:
         return None
     except (TapebusError, KeyError) as error:
         raise StoreError(f"a bus runs on {config.data_dir} but does not tell its books: {error}") from None
+
+
+def _explain(absent: list[range], holes: list[tuple[int, int]], kept_from: int) -> tuple[int, int]:
+    """How many of the `absent` numbers retention has removed, and how many damage, which is known by its numbers."""
+
+    def within(first: int, stop: int) -> int:
+        return sum(max(0, min(each.stop, stop) - max(each.start, first)) for each in absent)
+
+    damaged = sum(within(first, last + 1) for first, last in holes)
+    old_damage = sum(within(first, min(last + 1, kept_from)) for first, last in holes)
+    return within(1, kept_from) - old_damage, damaged
 
 
 def _count(tape: Any, last_seq: int) -> tuple[dict[str, int], list[range]]:
