@@ -127,7 +127,7 @@ SABOTAGES = [
         "forked-identity",
         "a forked child goes on with the numbers of its parent",
         "core/tapebus/publisher.py",
-        "        self._identity = (uuid.uuid4().bytes, spools.new_epoch())\n        self._orphans",
+        "        self._identity, self._kept = (uuid.uuid4().bytes, spools.new_epoch()), False\n        self._orphans",
         "        self._orphans",
         ["tests/test_publisher.py"],
     ),
