@@ -24,6 +24,17 @@ def newest(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [kept[test] for test in sorted(kept)]
 
 
+def shown(figures: dict[str, Any]) -> str:
+    """Figures in one line; what is a text of its own (a table) is left out."""
+    parts = []
+    for key, value in figures.items():
+        if isinstance(value, dict):
+            parts.append(f"{key}: {', '.join(f'{k} {v}' for k, v in value.items() if not isinstance(v, dict))}")
+        elif not (isinstance(value, str) and "\n" in value):
+            parts.append(f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}")
+    return "; ".join(parts)
+
+
 def rows(records: list[dict[str, Any]]) -> list[str]:
     lines = ["| Test | Run | Figures |", "|---|---|---|"]
     for record in records:
@@ -31,8 +42,7 @@ def rows(records: list[dict[str, Any]]) -> list[str]:
         sentence = name.removeprefix("test_").replace("_", " ")
         verdict = "" if record["passed"] else "**failed**, "
         run = f"{verdict}{record['size']}, seed {record['seed']}, {record['seconds']} s, {record['at'][:10]}"
-        found = "; ".join(f"{key} {value}" for key, value in record["figures"].items())
-        lines.append(f"| {sentence} (`{file}`) | {run} | {found} |")
+        lines.append(f"| {sentence} (`{file}`) | {run} | {shown(record['figures'])} |")
     return lines
 
 
