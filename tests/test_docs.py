@@ -124,7 +124,7 @@ def test_every_make_target_exists(page: Path) -> None:
 
 @every_page
 def test_every_test_that_is_named_exists(page: Path) -> None:
-    for name, function in re.findall(r"`(?:tests/)?(test_\w+\.py)(?:::(\w+))?`", page.read_text()):
+    for name, function in re.findall(r"`(?:tests/)?((?:faults/)?test_\w+\.py)(?:::(\w+))?`", page.read_text()):
         file = ROOT / "tests" / name
         assert file.exists(), name
         assert not function or re.search(rf"^ *def {function}\(", file.read_text(), re.M), function
