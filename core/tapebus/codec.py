@@ -10,7 +10,7 @@ import msgspec
 from tapebus._decode import SINGLE_RUN, gather, run_checks, stamp
 from tapebus._scan import EXTENSION_FLAG, JSON_FLAG, NONFINITE_FLAG, WIDE_FLAG, Topics
 from tapebus.blocks import BlockView
-from tapebus.events import ENVELOPE_KEYS, Event, EventType, GenericEvent, Registry, Wire
+from tapebus.events import ENVELOPE_KEYS, Event, EventType, GenericEvent, Registry
 from tapebus.store import Block
 
 _ENVELOPE_DEFAULTS = {"timestamp": 0.0, "source": ""}
@@ -228,8 +228,3 @@ def _seconds(value: Any) -> float:
     except ValueError:
         raise ValueError(f"timestamp {str(value)[:40]!r} is neither Unix seconds nor ISO 8601") from None
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
-
-
-def encode_frame(events: list[Wire]) -> bytes:
-    """One MessagePack batch frame."""
-    return msgspec.msgpack.encode(events)

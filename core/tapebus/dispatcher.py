@@ -20,7 +20,6 @@ from tapebus.store import Block, StoreReader
 
 #: Bytes of undispatched blocks kept in memory; beyond it dispatch continues from the tape.
 BACKLOG_BYTES = 32 << 20
-LAG_BLOCKS_PER_TURN = 1
 #: Bytes that count as one event in the capacity of a queue of decoded events.
 EVENT_BYTES = 512
 
@@ -200,24 +199,22 @@ class Dispatcher(threading.Thread):
             block = next(iter(self.store.blocks(fence.cursor)), None)
             if block is None:
                 continue
-            for events, last in slices_for(self.codec, block, fence.cursor, fence.consumer.topics, self._max_batch):
-                if last > self.backlog.cursor or not fence.ready:
+            topics = fence.consumer.topics
+            for piece in pieces_of(self.codec, block, fence.cursor, self._max_batch):
+                if piece.last_seq > self.backlog.cursor or not fence.ready:
                     break
-                fence.offer(events, last)
+                fence.offer([e for e in piece.events if e is not None and covers(topics, e.event_type)], piece.last_seq)
             lagging = lagging or (fence.ready and fence.cursor < self.backlog.cursor)
         return lagging
 
 
-def slices_for(
-    codec: Codec, block: Block, after: int, topics: Any, max_batch: int
-) -> Iterator[tuple[list[Event], int]]:
-    """The events of `block` above `after` that `topics` cover, with the last sequence number of each slice."""
+def pieces_of(codec: Codec, block: Block, after: int, max_batch: int) -> Iterator[Slice]:
+    """The events of a `block` of the tape above `after`, decoded, in slices of at most `max_batch`."""
     view = BlockView(block.payload, block.first_seq)
     for start in range(max(0, after + 1 - block.first_seq), view.count, max_batch):
         stop = min(start + max_batch, view.count)
         events, _ = codec.decode(view, start, stop)
-        wanted = [e for e in events if e is not None and covers(topics, e.event_type)]  # type: ignore[attr-defined]
-        yield wanted, block.first_seq + stop - 1
+        yield Slice(events, view, start, block.first_seq + stop - 1)
 
 
 def event_at(codec: Codec, store: StoreReader | None, seq: int) -> Event | None:

@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from tapebus.backlog import Backlog
-from tapebus.blocks import BlockView
 from tapebus.codec import Codec
-from tapebus.dispatcher import FanOut, Slice, event_at
+from tapebus.dispatcher import FanOut, Slice, event_at, pieces_of
 from tapebus.failpoints import failpoint
 from tapebus.fence import Fence
 from tapebus.store import StoreReader
@@ -45,11 +44,7 @@ class ThreadConsumer(threading.Thread):
     def _load(self, after: int) -> Iterator[Slice]:
         assert self._store is not None
         for block in self._store.blocks(after):
-            view = BlockView(block.payload, block.first_seq)
-            for start in range(max(0, after + 1 - block.first_seq), view.count, self._max_batch):
-                stop = min(start + self._max_batch, view.count)
-                events, _ = self._codec.decode(view, start, stop)
-                yield Slice(events, view, start, block.first_seq + stop - 1)
+            yield from pieces_of(self._codec, block, after, self._max_batch)
 
     def offer(self, piece: Slice) -> None:
         """Take the next slice; called by the dispatcher."""

@@ -84,7 +84,6 @@ class Watchdog:
         self._put_aside: Unit | None = None
         self._end: TapebusError | None = None
         self._told = False
-        self.hanging_rules = ""
 
     def look(self) -> float:
         """Look at every thread when it is time; seconds until it is again."""
@@ -127,8 +126,6 @@ class Watchdog:
     def _mark(self, each: Watched, what: str) -> None:
         if each.fence is not None:
             each.fence.hanging = what
-        else:
-            self.hanging_rules = what
 
     def _end_the_bus(self) -> None:
         """After ``bus.hang_exit_s`` put the consumer that holds up dispatch aside, durably, then end."""
