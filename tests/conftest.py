@@ -192,20 +192,21 @@ class Bus:
 
     def stop(self) -> int:
         """Ask the bus to finish, as a service manager does; its exit code."""
-        return self._end(signal.SIGTERM)
+        return self.end(signal.SIGTERM)
 
     def kill(self) -> None:
         """End the process without any chance to tidy up."""
-        self._end(signal.SIGKILL)
+        self.end(signal.SIGKILL)
 
-    def _end(self, number: signal.Signals) -> int:
+    def end(self, number: signal.Signals, patience: float = PATIENCE) -> int:
+        """Send `number` and wait for the end of the process; its exit code."""
         if self.process is None:
             return 0
         process, self.process = self.process, None
         process.send_signal(signal.SIGCONT)
         process.send_signal(number)
         try:
-            return process.wait(PATIENCE)
+            return process.wait(patience)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

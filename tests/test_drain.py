@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 
 import pytest
 
@@ -26,24 +25,13 @@ def tapebus_register_consumers(context):
 """
 
 
-def end(bus, number: int = signal.SIGTERM) -> int:
-    process, bus.process = bus.process, None
-    process.send_signal(number)
-    try:
-        return process.wait(GENEROUS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-        pytest.fail(f"still running after {GENEROUS} s:\n{bus.output()}")
-
-
 def test_sigterm_with_100_000_events_queued_loses_nothing_acknowledged(make_bus):
     bus = make_bus().start()
     publisher = Publisher("test", endpoint=bus.acked, capacity_events=200_000, capacity_bytes=64 << 20)
     for n in range(1, 100_001):
         assert publisher.publish("market_data", quote(n))
     wait_until(lambda: publisher.stats()["acked"] > 0, "a first acknowledgement")
-    assert end(bus) == 0
+    assert bus.end(signal.SIGTERM, GENEROUS) == 0
     acked = publisher.stats()["acked"]
     with Tape.open(bus.data_dir) as tape:
         kept = [int(event.data.volume) for event in tape.read(topics=["market_data"])]
@@ -52,7 +40,7 @@ def test_sigterm_with_100_000_events_queued_loses_nothing_acknowledged(make_bus)
     bus.start()
     assert publisher.flush(60.0)
     publisher.close()
-    assert end(bus) == 0
+    assert bus.end(signal.SIGTERM, GENEROUS) == 0
     with Tape.open(bus.data_dir) as tape:
         kept = [int(event.data.volume) for event in tape.read(topics=["market_data"])]
     assert kept == list(range(1, 100_001))
@@ -64,7 +52,7 @@ def test_consumers_have_seen_everything_when_the_bus_has_stopped(make_bus):
         for n in range(20_000):
             assert publisher.publish("market_data", quote(n))
         assert publisher.flush(60.0)
-    assert end(bus, signal.SIGINT) == 0
+    assert bus.end(signal.SIGINT, GENEROUS) == 0
     with Tape.open(bus.data_dir) as tape:
         quotes = [event.bus_seq for event in tape.read(topics=["market_data"])]
         cursors = {name: unit.cursor for name, unit in tape._reader.cursors().items()}
@@ -100,7 +88,7 @@ def hanging(make_bus, tmp_path):
 @pytest.mark.parametrize("mode", ["inline", "thread"])
 def test_a_hanging_consumer_cannot_keep_the_bus_from_stopping_in_order(hanging, mode):
     bus = hanging(mode, 0.5)
-    assert end(bus) == 0, bus.output()
+    assert bus.end(signal.SIGTERM, GENEROUS) == 0, bus.output()
     with Tape.open(bus.data_dir) as tape:
         assert len(list(tape.read(topics=["market_data"]))) == 1000
         assert tape._reader.cursors()["hanging"].cursor == 0
@@ -131,7 +119,7 @@ def test_a_terminal_that_goes_away_ends_the_bus_in_order_however_often_it_says_s
     with Publisher("test", endpoint=bus.acked) as publisher:
         assert publisher.publish("market_data", quote(1)) and publisher.flush(GENEROUS)
     bus.process.send_signal(signal.SIGHUP)
-    assert end(bus, signal.SIGHUP) == 0
+    assert bus.end(signal.SIGHUP, GENEROUS) == 0
     assert "unexplained 0" in bus.output()
 
 
@@ -141,4 +129,4 @@ def test_a_bus_under_nohup_outlives_its_terminal(make_bus):
     bus.start()
     bus.process.send_signal(signal.SIGHUP)
     assert bus.stats()
-    assert end(bus) == 0
+    assert bus.end(signal.SIGTERM, GENEROUS) == 0

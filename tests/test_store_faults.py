@@ -104,9 +104,8 @@ print(len(raws(reader.blocks())), reader.stats()["map_size"])
     store.close()
 
 
-def test_the_file_stops_growing_once_a_killed_reader_is_cleared_away(tmp_path: Path) -> None:
-    store = open_store(tmp_path)
-    fill(store, 5)
+def killed_reader(tmp_path: Path) -> subprocess.Popen[str]:
+    """A process that was killed inside a read transaction."""
     process = child(
         """
 import sys, time, tapebus_store
@@ -122,6 +121,13 @@ with reader._env.reading():
     process.stdout.readline()
     process.kill()
     process.communicate()
+    return process
+
+
+def test_the_file_stops_growing_once_a_killed_reader_is_cleared_away(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    fill(store, 5)
+    killed_reader(tmp_path)
 
     def pages_of(commits: int) -> int:
         before = store._env.env.info()["last_pgno"]
@@ -140,21 +146,7 @@ with reader._env.reading():
 def test_a_killed_reader_does_not_keep_old_pages(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     fill(store, 1)
-    process = child(
-        """
-import sys, time, tapebus_store
-from pathlib import Path
-reader = tapebus_store.tapebus_open_store(Path(sys.argv[1]), {}, True)
-with reader._env.reading():
-    print("holding", flush=True)
-    time.sleep(60)
-""",
-        tmp_path,
-    )
-    assert process.stdout is not None
-    process.stdout.readline()
-    process.kill()
-    process.communicate()
+    process = killed_reader(tmp_path)
     before = store.stats()["readers"]
     store.maintain(1e12)
     assert f"\n{process.pid:>10} " not in store._env.env.readers()
