@@ -18,7 +18,7 @@ from typing import Any
 
 from tapebus import Config, Consumer, Runtime, hookimpl
 
-LOAD = Path(__file__).with_name("load.py")
+ROOT = Path(__file__).parents[1]
 
 
 class Probe:
@@ -57,7 +57,8 @@ def running(probe: Probe) -> Iterator[Runtime]:
 
 
 def start(kind: str, endpoint: str, count: int) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, str(LOAD), kind, endpoint, str(count)], stdout=subprocess.PIPE)
+    command = [sys.executable, "-m", "bench.producers", kind, endpoint, str(count)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
 
 
 def wait_through(runtime: Runtime, count: int) -> None:

@@ -1,115 +1,123 @@
-"""The events of the benchmarks and the processes that send them."""
+"""The events of the benchmarks: the mix that every producer sends, ours and those of the peers."""
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
-SYMBOLS = (
-    *("EURUSD", "GBPUSD", "USDJPY", "XAUUSD", "USDCNH", "AUDUSD", "NZDUSD", "USDCAD"),
-    *("EURJPY", "GBPJPY", "EURAUD", "XAGUSD", "USDCHF", "EURGBP", "AUDJPY", "USDMXN"),
-)
-DISTINCT = 5000
-#: Events a producer keeps in flight at most, so that nothing is dropped for want of memory.
-WINDOW = 40_000
+#: Price at the start in points, digits after the point, usual spread in points.
+MARKET = {
+    "EURUSD": (108_500, 5, 8),
+    "GBPUSD": (126_900, 5, 11),
+    "USDJPY": (149_200, 3, 9),
+    "XAUUSD": (241_250, 2, 22),
+    "USDCNH": (719_800, 5, 160),
+    "AUDUSD": (65_400, 5, 9),
+    "NZDUSD": (60_100, 5, 13),
+    "USDCAD": (136_700, 5, 13),
+    "EURJPY": (161_900, 3, 15),
+    "GBPJPY": (189_300, 3, 22),
+    "EURAUD": (165_900, 5, 21),
+    "XAGUSD": (28_450, 3, 25),
+    "USDCHF": (88_200, 5, 12),
+    "EURGBP": (85_500, 5, 10),
+    "AUDJPY": (97_600, 3, 15),
+    "USDMXN": (1_702_000, 5, 320),
+}
+SYMBOLS = tuple(MARKET)
+#: Distinct events a producer holds; from then on its quotes come again, far behind any window of a compressor.
+DISTINCT = 250_000
+ACTIONS = ("view_signal", "open_chart", "click", "change_risk", "login", "logout")
+
+Event = tuple[str, dict[str, Any], str | None]
 
 
-def mix(seed: int) -> list[tuple[str, dict[str, Any], str | None]]:
-    """``(event_type, data, correlation_id)``: 90 % quotes, 0.2 % signals, the rest user actions."""
+def mix(seed: int, count: int, symbols: tuple[str, ...] = SYMBOLS) -> list[Event]:
+    """`count` events as ``(event_type, data, correlation_id)``: 90 % quotes, 0.2 % signals, the rest user actions.
+
+    Each symbol's price walks at random by whole points under a spread that breathes, so that no quote is like the
+    one before and the tape compresses as with real prices. Signals have near levels, and end by the walk.
+    """
     draw = random.Random(seed)
-    out: list[tuple[str, dict[str, Any], str | None]] = []
-    for i in range(DISTINCT):
-        symbol = SYMBOLS[i % len(SYMBOLS)]
-        bid = round(1.1 + draw.random() / 100, 5)
-        kind = draw.random()
+    chance = draw.random
+    market = [[name, *MARKET[name], 10.0 ** MARKET[name][1]] for name in symbols]
+    places = len(market)
+    out: list[Event] = []
+    for i in range(count):
+        kind = chance()
+        quoted = market[int(chance() * places)]
         if kind < 0.9:
-            quote = {"symbol": symbol, "bid": bid, "ask": round(bid + 0.0002, 5), "volume": i % 50}
-            out.append(("market_data", quote, None))
+            name, points, digits, spread, scale = quoted
+            points = quoted[1] = points + int(chance() * 7) - 3
+            ask = points + spread + int(chance() * 5) - 2
+            data = {
+                "symbol": name,
+                "bid": round(points / scale, digits),
+                "ask": round(ask / scale, digits),
+                "volume": 1 + int(chance() * 50),
+            }
+            out.append(("market_data", data, None))
         elif kind < 0.902:
-            name = f"BENCH_{seed}_{i}"
-            signal = {"signal_id": name, "symbol": symbol, "direction": "BUY", "confidence": 85.0}
-            levels = {"pattern_type": "KALMAN_QUICKFIRE", "entry": 1.1, "sl": 0.9, "tp": 1.3}
-            out.append(("signal_generated", {**signal, **levels}, name))
+            out.append(signal(f"BENCH_{seed}_{i}", quoted[0], quoted[1], 40 + int(chance() * 60), buy=chance() < 0.5))
         else:
-            out.append(("user_action", {"user_id": f"u{i % 10}", "action": "click"}, None))
+            user = f"user_{int(chance() * 400)}"
+            out.append(("user_action", {"user_id": user, "action": ACTIONS[int(chance() * 6)]}, None))
     return out
 
 
-def publisher(endpoint: str, count: int, seed: int) -> None:
-    """`count` events through `tapebus.Publisher`, acknowledged."""
-    from tapebus import Publisher
+def signal(name: str, symbol: str, points: int, stop: int, *, buy: bool) -> Event:
+    """A signal at `points` with its stop `stop` points away and its target half as far again."""
+    _, digits, spread = MARKET[symbol]
+    side = 1 if buy else -1
+    entry = points + spread if buy else points
+    levels = [round(at / 10.0**digits, digits) for at in (entry, entry - side * stop, entry + side * stop * 3 // 2)]
+    data = {
+        "signal_id": name,
+        "symbol": symbol,
+        "direction": "BUY" if buy else "SELL",
+        "confidence": 85.0,
+        "pattern_type": "KALMAN_QUICKFIRE",
+        "entry": levels[0],
+        "sl": levels[1],
+        "tp": levels[2],
+    }
+    return "signal_generated", data, name
 
-    events = mix(seed)
-    pub = Publisher("bench", endpoint)
-    sent = 0
-    while sent < count:
-        event_type, data, correlation_id = events[sent % DISTINCT]
-        if pub.publish(event_type, data, correlation_id):
-            sent += 1
-        if sent % 1000 == 0:
-            while pub.stats()["in_flight"] > WINDOW:
-                pub.flush(0.002)
-    done = pub.flush(120.0) and not pub.stats()["dropped"]
-    pub.close()
-    sys.exit(0 if done else "the publisher lost events")
 
-
-def push(endpoint: str, count: int, seed: int, as_json: bool) -> None:
-    """`count` single-event frames through a plain PUSH socket."""
-    import msgspec
-    import zmq
-
-    frames = []
-    for event_type, data, correlation_id in mix(seed):
-        event = {"event_type": event_type, "timestamp": time.time(), "source": "bench", "data": data}
-        if correlation_id is not None:
-            event["correlation_id"] = correlation_id
-        frames.append(json.dumps(event).encode() if as_json else msgspec.msgpack.encode(event))
-    socket = zmq.Context.instance().socket(zmq.PUSH)
-    socket.setsockopt(zmq.SNDHWM, 10_000)
-    socket.connect(endpoint)
+def standing_signals(count: int) -> list[Event]:
+    """`count` signals whose levels the walk never reaches: they stay open for the whole run."""
+    out = []
     for i in range(count):
-        socket.send(frames[i % DISTINCT])
-    socket.close()
-    zmq.Context.instance().term()
+        symbol = SYMBOLS[i % len(SYMBOLS)]
+        points = MARKET[symbol][0]
+        # spread over the levels, so that they are as many entries of a book as in life
+        out.append(signal(f"OPEN_{i}", symbol, points, points // 4 + i % 5000, buy=i // len(SYMBOLS) % 2 == 0))
+    return out
 
 
-def paced(endpoint: str, count: int) -> None:
-    """One event a millisecond; prints the cost of the publish calls in µs as JSON."""
-    from tapebus import Publisher
-
-    costs = {}
-    with Publisher("bench", endpoint) as pub:
-        pub.publish("user_action", {"user_id": "u", "action": "warm"})
-        pub.flush(5.0)
-        spent = []
-        for _ in range(count):
-            begun = time.perf_counter()
-            pub.publish("user_action", {"user_id": "u", "action": "paced"})
-            spent.append(time.perf_counter() - begun)
-            time.sleep(0.001)
-        pub.flush(5.0)
-        costs["paced"] = sorted(spent)
-        spent = []
-        for _ in range(20):
-            for _ in range(1000):
-                begun = time.perf_counter()
-                pub.publish("user_action", {"user_id": "u", "action": "burst"})
-                spent.append(time.perf_counter() - begun)
-            pub.flush(5.0)
-        costs["burst"] = sorted(spent)
-    sys.stdout.write(json.dumps({k: [v[int(len(v) * q)] * 1e6 for q in (0.5, 0.99, 0.999)] for k, v in costs.items()}))
+def laps(events: list[Event], count: int) -> Iterator[Event]:
+    """`count` events: those of `events` again and again, the signals of each lap under new names."""
+    sent = lap = 0
+    while sent < count:
+        if lap:
+            events = [_renamed(event, lap) if event[2] is not None else event for event in events]
+        part = events if count - sent >= len(events) else events[: count - sent]
+        yield from part
+        sent += len(part)
+        lap += 1
 
 
-if __name__ == "__main__":
-    kind, endpoint, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
-    if kind == "publisher":
-        publisher(endpoint, count, os.getpid())
-    elif kind == "paced":
-        paced(endpoint, count)
-    else:
-        push(endpoint, count, os.getpid(), kind == "json")
+def _renamed(event: Event, lap: int) -> Event:
+    name = f"{str(event[2]).partition('+')[0]}+{lap}"
+    return event[0], {**event[1], "signal_id": name}, name
+
+
+def envelope(event: Event, source: str = "bench") -> dict[str, Any]:
+    """The event as a plain PUSH client sends it."""
+    event_type, data, correlation_id = event
+    whole: dict[str, Any] = {"event_type": event_type, "timestamp": time.time(), "source": source, "data": data}
+    if correlation_id is not None:
+        whole["correlation_id"] = correlation_id
+    return whole
