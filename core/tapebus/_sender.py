@@ -22,6 +22,7 @@ from tapebus._blocks import crc32c
 from tapebus._outbox import Outbox
 from tapebus.failpoints import failpoint
 from tapebus.spool import Spool, Syncer, new_epoch
+from tapebus.threads import show_name
 
 if TYPE_CHECKING:
     from tapebus.curve import Keys
@@ -183,6 +184,7 @@ class Sender:
 
     def run(self) -> None:
         """Empty the orphans, each under its own name, then the outbox, until asked to stop."""
+        show_name()
         while self.orphans and not self.stopping:
             try:
                 ahead = empty(self.orphans[0], self.endpoint, self.wake)

@@ -17,6 +17,7 @@ import zmq
 from tapebus.config import Config
 from tapebus.errors import BusNotRunning, TapebusError
 from tapebus.redaction import redact
+from tapebus.threads import show_name
 
 log = logging.getLogger("tapebus.control")
 RETRY_S = 5.0
@@ -101,6 +102,7 @@ class Control(threading.Thread):
         self._bell_read, self._bell_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     def run(self) -> None:
+        show_name()
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._bell_read, zmq.POLLIN)

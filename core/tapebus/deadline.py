@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from tapebus.errors import PluginError, TapebusError
+from tapebus.threads import show_name
 
 T = TypeVar("T")
 #: Innermost frames named in a message.
@@ -41,6 +42,7 @@ def within(seconds: float, what: str, call: Callable[[], T]) -> T:
     outcome: list[Any] = []
 
     def run() -> None:
+        show_name()
         try:
             outcome[:] = [True, call()]
         except BaseException as error:

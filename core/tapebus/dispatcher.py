@@ -17,6 +17,7 @@ from tapebus.failpoints import failpoint
 from tapebus.fence import Doing, Fence
 from tapebus.judge import Judge
 from tapebus.store import Block, StoreReader
+from tapebus.threads import show_name
 
 #: Bytes of undispatched blocks kept in memory; beyond it dispatch continues from the tape.
 BACKLOG_BYTES = 32 << 20
@@ -104,6 +105,7 @@ class Dispatcher(threading.Thread):
         self.backlog.put(block)
 
     def run(self) -> None:
+        show_name()
         try:
             while True:
                 timeout = self._tick()

@@ -15,6 +15,7 @@ from tapebus.backlog import Backlog
 from tapebus.dispatcher import Slice
 from tapebus.errors import ConfigError, TapebusError
 from tapebus.security import granted, is_loopback
+from tapebus.threads import show_name
 
 if TYPE_CHECKING:
     from tapebus.curve import Door
@@ -78,6 +79,7 @@ class Feed(threading.Thread):
             pass  # the pipe is full of rings already
 
     def run(self) -> None:
+        show_name()
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._bell_read, zmq.POLLIN)

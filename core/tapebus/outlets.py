@@ -13,6 +13,7 @@ from tapebus.dispatcher import FanOut, Slice, event_at, pieces_of
 from tapebus.failpoints import failpoint
 from tapebus.fence import Fence
 from tapebus.store import StoreReader
+from tapebus.threads import show_name
 
 
 class ThreadConsumer(threading.Thread):
@@ -52,6 +53,7 @@ class ThreadConsumer(threading.Thread):
             self.backlog.put(piece)
 
     def run(self) -> None:
+        show_name()
         try:
             self._run()
         except BaseException as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tapebus._sender import Sender, empty
 from tapebus.spool import Facts, Spool, orphans, same_endpoint
+from tapebus.threads import show_name
 
 log = logging.getLogger("tapebus.reaper")
 
@@ -30,6 +31,7 @@ class Reaper(threading.Thread):
         self.events = self.torn = 0
 
     def run(self) -> None:
+        show_name()
         before: set[Path] = set()
         while not self._stopping.wait(self._every_s):
             now: set[Path] = set()

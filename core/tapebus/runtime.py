@@ -44,6 +44,7 @@ from tapebus.statistics import Statistics
 from tapebus.store import Commit, Unit
 from tapebus.supervisor import ProcessConsumer
 from tapebus.tapewriter import TapeWriter
+from tapebus.threads import show_name
 from tapebus.watchdog import Watchdog, restore
 from tapebus.wire import MAX_FRAME
 from tapebus.wiring import Wiring, identity
@@ -338,6 +339,7 @@ class Runtime:
             self.reaper.start()
 
     def _run_ingest(self) -> None:
+        show_name()
         try:
             self.ingest.run()
         except BaseException as error:

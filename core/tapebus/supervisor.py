@@ -22,6 +22,7 @@ from tapebus.config import Config, Plugins
 from tapebus.consumer import Consumer
 from tapebus.events import CRASHED, TIMEOUT, DeadLetter
 from tapebus.failpoints import VARIABLE, failpoint
+from tapebus.threads import show_name
 from tapebus.worker import EXIT_MEMORY, Orders, needed
 
 log = logging.getLogger("tapebus.supervisor")
@@ -92,6 +93,7 @@ class ProcessConsumer(threading.Thread):
     # -- lives -------------------------------------------------------------------------------------
 
     def run(self) -> None:
+        show_name()
         backoff = BACKOFF_S
         while self._wanted != "stopped":
             if self._wanted == "paused":

@@ -14,6 +14,7 @@ from tapebus.errors import CorruptError, StoreError, StoreFull
 from tapebus.events import DeadLetter
 from tapebus.failpoints import failpoint
 from tapebus.store import Block, Commit, Store, Unit, steady_clock
+from tapebus.threads import show_name
 
 log = logging.getLogger("tapebus.tape")
 MAX_BLOCK_BYTES = 512 << 10
@@ -86,6 +87,7 @@ class TapeWriter(threading.Thread):
         self.ring.wake_tape()
 
     def run(self) -> None:
+        show_name()
         try:
             while not (self.ring.stopped and not self._dead and not self._purge):
                 if not self._step():

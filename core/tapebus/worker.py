@@ -37,6 +37,7 @@ from tapebus.publisher import Publisher
 from tapebus.statistics import Ask
 from tapebus.store import Commit, Unit
 from tapebus.tape import Tape
+from tapebus.threads import show_name
 from tapebus.wiring import identity
 
 #: Keys of the worker's own state that are not the plugin's: emitted events by number, the epoch, settled letters.
@@ -288,6 +289,7 @@ class Worker:
 
     def _pulse(self) -> None:
         """Report where the handler is while it moves; silence is what the supervisor kills for."""
+        show_name()
         pause = threading.Event()
         doing, last, told, ask = self.fence.doing, None, None, Ask()
         while not pause.wait(self._consumer.faults.deadline_s / PULSES):

@@ -8,6 +8,8 @@ import os
 import queue
 import threading
 
+from tapebus.threads import show_name
+
 STDERR = 2
 #: Lines that wait for their reader, and how many seconds the end of the process waits for it.
 LINES, CLOSE_S = 1000, 1.0
@@ -36,6 +38,7 @@ class PatientHandler(logging.Handler):
             self.handleError(record)
 
     def _write(self) -> None:
+        show_name()
         while (line := self._lines.get()) is not None:
             if self._lost:
                 lost, self._lost = self._lost, 0
