@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from tapebus import wire
-from tapebus._outbox import Outbox, enc_hook
+from tapebus._outbox import MAX_EVENT, Emitter, Outbox, enc_hook
 from tapebus.blocks import crc32c
+from tapebus.events import PRIORITIES, Wire
 
 EVENTS, BYTES = 6, 64
 
@@ -138,8 +139,6 @@ def test_abandoned_events_are_counted_at_exit():
 
 
 def test_the_largest_event_fits_one_frame():
-    from tapebus._outbox import MAX_EVENT
-
     box = Outbox(4, 1 << 20)
     box.append(bytes(MAX_EVENT))
     body, n = box.build_batch(1, 10, wire.MAX_FRAME - wire.HEAD.size - wire.S_BATCH.size)
@@ -159,3 +158,42 @@ def test_an_object_that_only_pretends_to_be_a_scalar_is_refused():
 
     with pytest.raises(TypeError):
         enc_hook(Pretender())
+
+
+TEXT = st.one_of(st.text(max_size=40), st.sampled_from([0, 31, 32, 255, 256, 65535, 65536]).map("é".__mul__))
+
+
+@given(
+    event_type=st.text(min_size=1, max_size=100),
+    source=TEXT,
+    data=st.dictionaries(TEXT, st.none() | st.integers(-(2**63), 2**64 - 1) | st.floats() | TEXT | st.lists(TEXT)),
+    timestamp=st.floats(),
+    texts=st.fixed_dictionaries(
+        {},
+        optional={
+            "correlation_id": TEXT,
+            "user_id": TEXT,
+            "session_id": TEXT,
+            "event_id": TEXT,
+            "causation_id": TEXT,
+            "priority": st.sampled_from(PRIORITIES),
+        },
+    ),
+)
+def test_an_event_is_written_like_its_envelope_as_a_whole(event_type, source, data, timestamp, texts):
+    box, emitter = Outbox(capacity_bytes=1 << 22), Emitter()
+    emitter._setup(source, box)
+    envelope = Wire(event_type=event_type, timestamp=timestamp, source=source[:100], data=data, **texts)
+    expected = msgspec.msgpack.encode(envelope)
+    kept = emitter.publish(event_type, data, timestamp=timestamp, source=source, **texts)
+    assert kept == (len(expected) <= MAX_EVENT)
+    if kept:
+        assert box.build_batch(1, 1, wire.MAX_FRAME) == (b"\xdd\0\0\0\1" + expected, 1)
+
+
+@pytest.mark.parametrize("field", ["correlation_id", "user_id", "session_id", "event_id", "causation_id", "source"])
+def test_text_that_is_no_utf_8_is_a_drop_with_its_place(field):
+    box, emitter = Outbox(), Emitter()
+    emitter._setup("test", box)
+    assert not emitter.publish("t", {}, **{field: "\ud800"})
+    assert box.books() == (1, 0, {"client.encode": 1})

@@ -10,6 +10,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.unicode cimport PyUnicode_AsUTF8AndSize, PyUnicode_GET_LENGTH
 from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
 from posix.unistd cimport write
 
@@ -22,7 +23,7 @@ import os
 import msgspec
 
 from tapebus import wire
-from tapebus.events import PRIORITIES, Wire
+from tapebus.events import PRIORITIES
 
 cdef enum:
     ENCODE = 1       # codes of wire.PLACES
@@ -98,6 +99,7 @@ cdef class Outbox:
         uint64_t read_at, write_at  # bytes ever acknowledged, bytes ever written, padding at the end included
         uint64_t free_at            # bytes that may be written over: `read_at`, or what of it a disk has heard of
         uint64_t overhead           # bytes of a record before its event
+        uint64_t claimed            # where the record begins that is being written, between claim and enter_event
         mark_t *mark                # NULL without a spool
         uint8_t[::1] memory
         readonly bint careful       # acknowledged room is reused only after `synced`
@@ -170,39 +172,41 @@ cdef class Outbox:
     cdef bint has_room(self, uint64_t size, uint64_t *start) noexcept:
         return self.head - self.tail < self.capacity_events and self.reserve(size + self.overhead, start)
 
-    cdef uint64_t put(self, const uint8_t *data, uint64_t size) noexcept:
-        cdef uint64_t start, seq
-        cdef entry_t *entry
+    cdef uint8_t *claim(self, uint64_t size) noexcept:
+        """Where the `size` bytes of the next event go before `enter_event`; NULL, and counted, without room."""
+        cdef uint64_t start
         if not self.has_room(size, &start):
             self.lose(RING_FULL if self.mark == NULL else SPOOL_FULL)
-            return 0
-        if self.mark == NULL:
-            memcpy(self.ring + start % self.capacity_bytes, data, size)
-        else:
-            self.write_record(start % self.capacity_bytes, data, size)
-            start += sizeof(record_t)
-        self.write_at = start + size
-        seq = self.next_seq
+            return NULL
+        self.claimed = start
+        return self.ring + start % self.capacity_bytes + self.overhead
+
+    cdef uint64_t enter_event(self, uint64_t size) noexcept:
+        """Give the event that now lies at what `claim` returned its number."""
+        cdef uint64_t seq = self.next_seq
+        cdef entry_t *entry
+        if self.mark != NULL:
+            self.write_record(self.ring + self.claimed % self.capacity_bytes, size)
         entry = self.at(self.head)
         entry.first = entry.last = seq
-        entry.start, entry.size, entry.place = start, <uint32_t>size, 0
+        entry.start, entry.size, entry.place = self.claimed + self.overhead, <uint32_t>size, 0
+        self.write_at = entry.start + size
         self.head += 1
         self.next_seq += 1
         self.published += 1
         self.waiting += 1
         return seq
 
-    cdef void write_record(self, uint64_t offset, const uint8_t *data, uint64_t size) noexcept:
-        cdef record_t *record = <record_t *>(self.ring + offset)
+    cdef void write_record(self, uint8_t *at, uint64_t size) noexcept:
+        """Write the head of the record at `at`, whose event is there already, and only then its number."""
         cdef record_t head
         head.size_place = <uint32_t>size
         if self.head > self.tail:
             head.size_place |= <uint32_t>self.at(self.head - 1).place << SIZE_BITS
         head.seq = self.next_seq + self.renumbered
         head.crc = crc32c_update(0, <uint8_t *>&head + 4, sizeof(record_t) - 4)
-        head.crc = crc32c_update(head.crc, data, size)
-        memcpy(record, &head, sizeof(record_t))
-        memcpy(self.ring + offset + sizeof(record_t), data, size)
+        head.crc = crc32c_update(head.crc, at + sizeof(record_t), size)
+        memcpy(at, &head, sizeof(record_t))
         self.mark.lost_place = 0
         store(&self.mark.next_seq, head.seq + 1)
 
@@ -329,7 +333,12 @@ cdef class Outbox:
 
     cpdef uint64_t append(self, bytes event) except? 0:
         """Keep one encoded event; returns its number, or 0 when there is no room (counted ``client.ring_full``)."""
-        return self.put(<const uint8_t *>PyBytes_AS_STRING(event), PyBytes_GET_SIZE(event))
+        cdef uint64_t size = PyBytes_GET_SIZE(event)
+        cdef uint8_t *out = self.claim(size)
+        if out == NULL:
+            return 0
+        memcpy(out, PyBytes_AS_STRING(event), size)
+        return self.enter_event(size)
 
     def offer(self, bytes event):
         """Like `append`, but without room nothing is counted and no number used up: 0, to be tried again later."""
@@ -479,16 +488,120 @@ def enc_hook(value):
 
 cdef object encode = msgspec.msgpack.Encoder(enc_hook=enc_hook, decimal_format="number").encode
 cdef object to_builtins = msgspec.to_builtins
-cdef object make_wire = Wire
-cdef object UNSET = msgspec.UNSET
 cdef frozenset priorities = frozenset(PRIORITIES)
+
+
+# The envelope is written here, key by key in the order of `events.Wire`; `data` and only `data` is for msgspec.
+cdef enum:
+    OPTIONAL = 6
+    FIXED_SIZE = 43   # bytes of the map's header, the keys that always come, and the timestamp
+
+cdef const char **OPTIONAL_KEYS = [
+    b"\xaecorrelation_id", b"\xa7user_id", b"\xaasession_id", b"\xa8event_id", b"\xaccausation_id", b"\xa8priority",
+]
+
+# The UTF-8 of a string; lives as long as the string.
+cdef struct text_t:
+    const char *at
+    Py_ssize_t size
+
+# All of an event but its data; the strings are the caller's, who keeps them.
+cdef struct envelope_t:
+    double timestamp
+    text_t event_type
+    text_t source
+    text_t optional[OPTIONAL]   # `at` is NULL where there is none
+    uint8_t n_keys
+    Py_ssize_t size
+
+
+cdef inline int spell(object text, text_t *out) except -1:
+    out.at = PyUnicode_AsUTF8AndSize(text, &out.size)
+    return 0
+
+
+cdef inline uint8_t *put_bytes(uint8_t *out, const void *data, size_t size) noexcept:
+    memcpy(out, data, size)
+    return out + size
+
+
+cdef inline uint8_t *put_text(uint8_t *out, text_t *text) noexcept:
+    cdef size_t size = text.size
+    cdef int i, n
+    if size < 32:
+        out[0] = 0xA0 | <uint8_t>size
+        out += 1
+    else:
+        n = 1 if size < 256 else 2 if size < 65536 else 4
+        out[0] = 0xD9 if n == 1 else 0xDA if n == 2 else 0xDB
+        for i in range(n):
+            out[1 + i] = (size >> (8 * (n - 1 - i))) & 255
+        out += 1 + n
+    return put_bytes(out, text.at, size)
+
+
+cdef inline size_t size_of(text_t *text) noexcept:
+    return text.size + (1 if text.size < 32 else 2 if text.size < 256 else 3 if text.size < 65536 else 5)
+
+
+cdef inline uint8_t *put_double(uint8_t *out, double value) noexcept:
+    cdef uint64_t bits
+    cdef int i
+    memcpy(&bits, &value, 8)
+    for i in range(8):
+        out[i] = (bits >> (56 - 8 * i)) & 255
+    return out + 8
+
+
+cdef inline int spell_optional(object text, int which, envelope_t *envelope) except -1:
+    cdef text_t *out = &envelope.optional[which]
+    if text is None:
+        out.at = NULL
+        return 0
+    spell(text, out)
+    envelope.n_keys += 1
+    envelope.size += 1 + (OPTIONAL_KEYS[which][0] & 0x1F) + size_of(out)
+    return 0
+
+
+cdef int spell_all(envelope_t *envelope, event_type, source, correlation_id, user_id, session_id, event_id,
+                   causation_id, priority) except -1:
+    spell(event_type, &envelope.event_type)
+    spell(source, &envelope.source)
+    envelope.n_keys = 4
+    envelope.size = FIXED_SIZE + size_of(&envelope.event_type) + size_of(&envelope.source)
+    spell_optional(correlation_id, 0, envelope)
+    spell_optional(user_id, 1, envelope)
+    spell_optional(session_id, 2, envelope)
+    spell_optional(event_id, 3, envelope)
+    spell_optional(causation_id, 4, envelope)
+    spell_optional(priority, 5, envelope)
+    return 0
+
+
+cdef inline uint8_t *put_opening(uint8_t *out, envelope_t *envelope) noexcept:
+    """Everything before the data."""
+    out[0] = 0x80 | envelope.n_keys
+    out = put_text(put_bytes(out + 1, b"\xaaevent_type", 11), &envelope.event_type)
+    out = put_double(put_bytes(out, b"\xa9timestamp\xcb", 11), envelope.timestamp)
+    out = put_text(put_bytes(out, b"\xa6source", 7), &envelope.source)
+    return put_bytes(out, b"\xa4data", 5)
+
+
+cdef inline void put_optional(uint8_t *out, envelope_t *envelope) noexcept:
+    """Everything after the data."""
+    cdef int i
+    for i in range(OPTIONAL):
+        if envelope.optional[i].at != NULL:
+            out = put_bytes(out, OPTIONAL_KEYS[i], 1 + (OPTIONAL_KEYS[i][0] & 0x1F))
+            out = put_text(out, &envelope.optional[i])
 
 
 cdef inline object text_or_none(value):
     return value if value is None or type(value) is str else str(value)
 
 
-cdef object seconds(value):
+cdef double seconds(value) except? -1:
     if value is None:
         return now()
     if type(value) is float:
@@ -536,29 +649,24 @@ cdef class Emitter:
     def _confirm(self, number, timeout):
         """Whether the `number`-th event ever is on disk within `timeout` seconds."""
 
-    cdef bytes encoded(self, event_type, data, correlation_id, priority, timestamp, causation_id, user_id,
-                       session_id, event_id, source):
-        if not isinstance(event_type, str) or not 0 < len(event_type) <= 100:
-            return None
+    cdef bytes encoded(self, data):
+        """The data as a MessagePack map, or ``None`` when it is none."""
         if type(data) is not dict:
             data = to_builtins(data, enc_hook=enc_hook)
-            if type(data) is not dict:
-                return None
-        if priority is not None:
-            priority = str(getattr(priority, "value", priority)).lower()
-        body = encode(make_wire(
-            event_type=event_type,
-            timestamp=seconds(timestamp),
-            source=self.source if source is None else str(source)[:100],
-            data=data,
-            correlation_id=text_or_none(correlation_id),
-            user_id=text_or_none(user_id),
-            session_id=text_or_none(session_id),
-            event_id=text_or_none(event_id),
-            causation_id=text_or_none(causation_id),
-            priority=priority if priority in priorities else UNSET,
-        ))
-        return body if len(body) <= max_event else None
+        return encode(data) if type(data) is dict else None
+
+    cdef uint64_t keep(self, Outbox box, envelope_t *envelope, bytes data) noexcept:
+        cdef uint64_t size = envelope.size + PyBytes_GET_SIZE(data)
+        cdef uint8_t *out
+        if size > <uint64_t>max_event:
+            box.lose(ENCODE)
+            return 0
+        out = box.claim(size)
+        if out == NULL:
+            return 0
+        out = put_opening(out, envelope)
+        put_optional(put_bytes(out, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data)), envelope)
+        return box.enter_event(size)
 
     def publish(self, event_type, data, correlation_id=None, priority=None, timestamp=None, causation_id=None,
                 user_id=None, session_id=None, event_id=None, *, source=None, durable=False, timeout=5.0):
@@ -570,12 +678,23 @@ cdef class Emitter:
         another component than this publisher's. With `durable` it does block, for at most `timeout` seconds,
         and ``True`` means that the bus has the event on disk; after ``False`` it may still get there.
         """
-        cdef bytes body
+        cdef envelope_t envelope
+        cdef bytes body = None
         cdef Outbox box
         cdef uint64_t seq = 0, number
         try:
-            body = self.encoded(event_type, data, correlation_id, priority, timestamp, causation_id, user_id,
-                                session_id, event_id, source)
+            if isinstance(event_type, str) and 0 < PyUnicode_GET_LENGTH(event_type) <= 100:
+                source = self.source if source is None else str(source)[:100]
+                correlation_id = text_or_none(correlation_id)
+                user_id, session_id = text_or_none(user_id), text_or_none(session_id)
+                event_id, causation_id = text_or_none(event_id), text_or_none(causation_id)
+                if priority is not None:
+                    priority = str(getattr(priority, "value", priority)).lower()
+                    priority = priority if priority in priorities else None
+                envelope.timestamp = seconds(timestamp)
+                body = self.encoded(data)
+                spell_all(&envelope, event_type, source, correlation_id, user_id, session_id, event_id, causation_id,
+                          priority)
             if self.unopened:
                 self._open()
         except (KeyboardInterrupt, SystemExit):
@@ -589,7 +708,7 @@ cdef class Emitter:
         if body is None:
             box.lose(ENCODE)
         else:
-            seq = box.put(<const uint8_t *>PyBytes_AS_STRING(body), PyBytes_GET_SIZE(body))
+            seq = self.keep(box, &envelope, body)
         number = seq + box.renumbered if durable else 0
         if box.next_seq > box.wake_at:
             self.wake()
