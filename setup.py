@@ -10,7 +10,10 @@ import os
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-MODULES = ("_scan", "_ring", "_ingest", "_blocks", "_decode", "_outbox")
+MODULES = (
+    *("_topics", "_scan_json", "_scan_msgpack", "_scan", "_blocks", "_ring"),
+    *("_ingest", "_decode", "_outbox"),
+)
 
 TRACE, ANNOTATE, SANITIZE = (bool(os.environ.get(f"TAPEBUS_{name}")) for name in ("TRACE", "ANNOTATE", "SANITIZE"))
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer"]

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from tapebus._scan import Topics, scan
+from tapebus._scan import scan
+from tapebus._topics import Topics
 from tapebus.blocks import corr_hash, sort_run
 from tapebus.store import Block, Commit
 from tapebus_store import LmdbStore, StoreConfig

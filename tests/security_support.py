@@ -14,7 +14,7 @@ import zmq
 from tapebus import wire
 from tapebus._ingest import Ingest
 from tapebus._ring import Ring
-from tapebus._scan import Topics
+from tapebus._topics import Topics
 from tapebus.blocks import BlockView, crc32c
 from tapebus.curve import Door, Keys, as_client
 from tapebus.security import Identity, Rights, Security

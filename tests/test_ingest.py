@@ -14,7 +14,7 @@ from bus_support import wait_until
 from tapebus import wire
 from tapebus._ingest import Ingest
 from tapebus._ring import Ring
-from tapebus._scan import Topics
+from tapebus._topics import Topics
 from tapebus.blocks import BlockView, crc32c
 
 PATIENCE_MS = 10_000

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from tapebus._scan import Topics
+from tapebus._topics import Topics
 from tapebus.blocks import BlockView
 from tapebus.codec import Codec
 from tapebus.events import EventType, Registry

@@ -12,7 +12,7 @@ import pytest
 from bus_support import wait_until
 from tapebus._ingest import Ingest
 from tapebus._ring import Ring
-from tapebus._scan import Topics
+from tapebus._topics import Topics
 from tapebus.blocks import BlockView, corr_hash, find_corr
 from tapebus.store import ProducerBook, Unit
 
@@ -89,7 +89,7 @@ def test_a_stopped_ring_wakes_its_taker_and_is_empty():
 
 TAKEN = """
 from tapebus._ring import Ring
-from tapebus._scan import Topics
+from tapebus._topics import Topics
 
 def anonymous():
     with open("/proc/self/status") as file:

@@ -17,9 +17,9 @@ from tapebus._scan import (
     NOT_UTF8_FLAG,
     UNTIMED_FLAG,
     WIDE_FLAG,
-    Topics,
     scan,
 )
+from tapebus._topics import Topics
 from tapebus.blocks import corr_hash
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)

@@ -9,7 +9,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes
 from libc.stdlib cimport free, malloc, qsort
 from libc.string cimport memcpy
 
-from tapebus._scan cimport hash_bytes
+from tapebus._topics cimport hash_bytes
 
 from tapebus.errors import CorruptError
 

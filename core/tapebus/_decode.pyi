@@ -2,7 +2,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from tapebus._blocks import BlockView
-from tapebus._scan import Topics
+from tapebus._topics import Topics
 
 SINGLE_RUN: int
 

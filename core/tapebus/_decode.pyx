@@ -9,7 +9,8 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from tapebus._blocks cimport BlockView
-from tapebus._scan cimport ALIASED, EXTENSION, JSON, NONFINITE, NOT_UTF8, UNTIMED, WIDE, Topics
+from tapebus._scan cimport ALIASED, EXTENSION, JSON, NONFINITE, NOT_UTF8, UNTIMED, WIDE
+from tapebus._topics cimport Topics
 
 from tapebus.events import Event
 

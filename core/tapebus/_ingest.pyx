@@ -23,7 +23,8 @@ from tapebus._blocks cimport crc32c_update
 from tapebus._ring cimport (
     FRAME, GAP, REJECT, Ring, bell_ring, close_fn, entry_t, mail_t, msg_t, producer_t, tb_add, tb_load, tb_store,
 )
-from tapebus._scan cimport MAX_TOPICS, item_t, items_t, scan_frame
+from tapebus._scan cimport item_t, items_t, scan_frame
+from tapebus._topics cimport MAX_TOPICS
 
 import msgspec
 import zmq

@@ -4,7 +4,8 @@
 from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
-from tapebus._scan cimport Topics, item_t
+from tapebus._scan cimport item_t
+from tapebus._topics cimport Topics
 
 cdef extern from *:
     """

@@ -1,4 +1,4 @@
-from tapebus._scan import Topics
+from tapebus._topics import Topics
 from tapebus.store import Block, ProducerBook, Unit
 
 class Ring:

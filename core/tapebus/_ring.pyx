@@ -16,7 +16,7 @@ from posix.unistd cimport close, read, write
 from tapebus._blocks cimport (
     COLUMNS_SIZE, CORR_SIZE, HEAD_SIZE, MAX_WAIT_US, columns_at, columns_t, compare_corr, corr_t,
 )
-from tapebus._scan cimport MAX_TOPICS, UNTIMED
+from tapebus._scan cimport UNTIMED
 
 from tapebus.store import Block, Gap, ProducerBook
 from tapebus.wire import PLACES, REASONS

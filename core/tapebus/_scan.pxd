@@ -1,7 +1,9 @@
 # cython: language_level=3
 """Well-formedness scan of incoming frames: where each event lies and what it is, without the GIL."""
 
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t
+
+from tapebus._topics cimport Topics
 
 cdef enum:
     # flags of an event; the low bit is its encoding
@@ -14,9 +16,6 @@ cdef enum:
     NOT_UTF8 = 64     # holds text that is not UTF-8, perhaps where a typed decoder does not look
 
     MAX_DEPTH = 32
-    MAX_TOPICS = 4096
-    SENDERS_TOPICS = 3584   # what senders may fill of it: the rest is for types that are registered
-    MAX_TOPIC_SIZE = 100
 
 cdef enum:
     # why a frame is refused
@@ -41,24 +40,5 @@ cdef struct items_t:
     item_t *v
     uint32_t n
     uint32_t cap
-
-cdef uint32_t hash_bytes(const uint8_t *p, size_t n) noexcept nogil
-
-cdef class Topics:
-    cdef:
-        # Names are malloc'ed once and freed with the table; ids start at 1. Only the ingest thread adds
-        # after start-up; readers see `count` grow after the name is in place.
-        uint8_t *names[MAX_TOPICS]
-        uint8_t sizes[MAX_TOPICS]
-        uint8_t typed[MAX_TOPICS]       # 1: a registered event type
-        uint8_t has_alias[MAX_TOPICS]
-        uint16_t slots[MAX_TOPICS * 2]  # open addressing by hash of the name; 0 = free
-        uint32_t *aliases               # open addressing set of (key hash ^ topic), 0 = free
-        uint32_t alias_mask
-        uint32_t n_aliases
-        int count
-        uint8_t closed                  # set by the ingest thread while it scans for one who may add no name
-    cdef uint16_t find(self, const uint8_t *name, size_t size, int limit) noexcept nogil
-    cdef bint is_alias(self, uint16_t topic, uint32_t key) noexcept nogil
 
 cdef int scan_frame(Topics topics, const uint8_t *data, size_t size, items_t *out, uint32_t max_items) noexcept nogil

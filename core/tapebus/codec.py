@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import msgspec
 
 from tapebus._decode import SINGLE_RUN, gather, run_checks, stamp
-from tapebus._scan import EXTENSION_FLAG, JSON_FLAG, NONFINITE_FLAG, WIDE_FLAG, Topics
+from tapebus._scan import EXTENSION_FLAG, JSON_FLAG, NONFINITE_FLAG, WIDE_FLAG
+from tapebus._topics import Topics
 from tapebus.blocks import BlockView
 from tapebus.events import ENVELOPE_KEYS, Event, EventType, GenericEvent, Registry
 from tapebus.store import Block

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from tapebus._scan import Topics
+from tapebus._topics import Topics
 from tapebus.blocks import BlockView
 from tapebus.codec import Fault
 from tapebus.events import DeadLetter

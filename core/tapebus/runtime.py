@@ -22,7 +22,7 @@ import zmq
 from tapebus import books, failpoints, plugins, ports, trust, versions
 from tapebus._ingest import Ingest
 from tapebus._ring import Ring
-from tapebus._scan import Topics
+from tapebus._topics import Topics
 from tapebus.codec import Codec
 from tapebus.config import Config
 from tapebus.control import Control

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from tapebus import books
-from tapebus._scan import MOST_NUMBERED
+from tapebus._topics import MOST_NUMBERED
 from tapebus.blocks import BlockView
 from tapebus.codec import Codec
 from tapebus.consumer import covers

@@ -10,7 +10,7 @@ import pluggy
 
 from tapebus import plugins
 from tapebus._ring import Ring
-from tapebus._scan import Topics
+from tapebus._topics import Topics
 from tapebus.config import Config
 from tapebus.consumer import Consumer
 from tapebus.deadline import within

@@ -46,7 +46,7 @@ PACKED = """
 import struct, sys, threading
 from tapebus._ingest import Ingest
 from tapebus._ring import Ring
-from tapebus._scan import Topics
+from tapebus._topics import Topics
 from tapebus.blocks import BlockView
 
 ring = Ring(Topics(), 64)

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from tapebus._ingest import Ingest
 from tapebus._ring import Ring
-from tapebus._scan import JSON_FLAG, REASONS, Topics, scan
+from tapebus._scan import JSON_FLAG, REASONS, scan
+from tapebus._topics import Topics
 from tapebus.blocks import BlockView
 from tapebus.codec import Codec
 from tapebus.events import GenericEvent

@@ -14,7 +14,8 @@ from hostile import honest, in_order
 
 from bus_support import listening, pushing, wait_until
 from tapebus import Tape, wire
-from tapebus._scan import Topics, scan
+from tapebus._scan import scan
+from tapebus._topics import Topics
 from tapebus.blocks import crc32c
 from tapebus.codec import Codec
 from tapebus.plugins import load, registry

@@ -35,7 +35,7 @@ from store_support import open_store, raws
 from tapebus import tapewriter, wire
 from tapebus._ingest import Ingest
 from tapebus._ring import Ring
-from tapebus._scan import Topics
+from tapebus._topics import Topics
 from tapebus.errors import StoreError, StoreFull
 from tapebus.tapewriter import TapeWriter
 

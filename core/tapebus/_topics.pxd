@@ -1,0 +1,28 @@
+# cython: language_level=3
+"""Event type names and the numbers they go by inside the bus and on the tape."""
+
+from libc.stdint cimport uint8_t, uint16_t, uint32_t
+
+cdef enum:
+    MAX_TOPICS = 4096
+    SENDERS_TOPICS = 3584   # what senders may fill of it: the rest is for types that are registered
+    MAX_TOPIC_SIZE = 100
+
+cdef uint32_t hash_bytes(const uint8_t *p, size_t n) noexcept nogil
+
+cdef class Topics:
+    cdef:
+        # Names are malloc'ed once and freed with the table; ids start at 1. Only the ingest thread adds
+        # after start-up; readers see `count` grow after the name is in place.
+        uint8_t *names[MAX_TOPICS]
+        uint8_t sizes[MAX_TOPICS]
+        uint8_t typed[MAX_TOPICS]       # 1: a registered event type
+        uint8_t has_alias[MAX_TOPICS]
+        uint16_t slots[MAX_TOPICS * 2]  # open addressing by hash of the name; 0 = free
+        uint32_t *aliases               # open addressing set of (key hash ^ topic), 0 = free
+        uint32_t alias_mask
+        uint32_t n_aliases
+        int count
+        uint8_t closed                  # set by the ingest thread while it scans for one who may add no name
+    cdef uint16_t find(self, const uint8_t *name, size_t size, int limit) noexcept nogil
+    cdef bint is_alias(self, uint16_t topic, uint32_t key) noexcept nogil
