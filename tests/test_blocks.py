@@ -86,3 +86,23 @@ def test_a_shortened_or_inconsistent_payload_is_reported_as_corrupt(events, data
         BlockView(struct.pack("<I", len(events) + 10**8) + payload[4:], 1)
     with pytest.raises(CorruptError):
         BlockView(payload + b"x", 1)
+
+
+@given(st.lists(EVENT, max_size=12), st.integers(0, 14), st.integers(0, 14), st.data())
+def test_places_and_what_is_taken_of_them_are_those_of_a_list(events, start, stop, data):
+    view = BlockView(pack(events, 5), 100)
+    topics = data.draw(st.none() | st.sets(st.integers(0, 9)))
+    among = data.draw(st.none() | st.sets(st.integers(0, 14)).map(sorted))
+    places = view.places(start, stop, topics, among)
+    assert places == [
+        i
+        for i, each in enumerate(events)
+        if start <= i < stop and (topics is None or each[2] in topics) and (among is None or i in among)
+    ]
+    part = view.take(places)
+    assert (part.count, part.first_seq) == (len(places), 100)
+    for i, place in enumerate(places):
+        found = part.raw(100 + i), part.topic(100 + i), part.flags(100 + i), part.priority(100 + i)
+        assert found == (events[place][0], *events[place][2:])
+    with pytest.raises(IndexError):
+        view.take([len(events)])

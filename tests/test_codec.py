@@ -123,3 +123,31 @@ def test_a_reader_gets_what_does_not_fit_as_a_generic_event(encoding):
     assert (found[1].event_type, found[1].data, found[1].timestamp) == ("tick", {"price": "?"}, 12.0)
     assert [each.raw for each in found] == list(raws)
     assert [each.bus_seq for each in make().decode_block(block, topics, FIRST, {2})] == [FIRST + 2]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("wanted", [None, {1}, {2}, {1, 2}, set()])
+@pytest.mark.parametrize("among", [None, [0, 3, 70, 71, 300, 399, 5000], []])
+@pytest.mark.parametrize(("after", "until"), [(0, 10**6), (FIRST + 60, FIRST + 330), (FIRST + 400, 10**6)])
+def test_a_choice_of_events_is_the_same_as_all_of_them_chosen_from(reverse, wanted, among, after, until):
+    codec, raws = make(), []
+    for i in range(400):
+        odd = {"data": {"price": "?"}} if i % 37 == 0 else {}
+        made = event("free" if i % 7 == 3 else "tick", **odd, user_id=str(i))
+        raws.append(ENCODERS["json" if i % 5 else "msgpack"](made))
+    block = Block(FIRST, len(raws), 0, 0, 0, 0, 0, payload(codec, *raws))
+    topics = codec.topics.after(0)
+    numbers = {"tick": 1, "free": 2}
+    every = make().decode_block(block, topics)
+    assert [(each.bus_seq, each.raw) for each in every] == [(FIRST + i, raw) for i, raw in enumerate(raws)]
+    expected = [
+        each
+        for each in every
+        if after < each.bus_seq <= until
+        and (wanted is None or numbers[each.event_type] in wanted)
+        and (among is None or each.bus_seq - FIRST in among)
+    ]
+    found = list(make().events(block, topics, after, until, wanted, among, reverse))
+    assert [(each.bus_seq, each.raw, each.received_at, each.data) for each in found] == [
+        (each.bus_seq, each.raw, each.received_at, each.data) for each in (expected[::-1] if reverse else expected)
+    ]

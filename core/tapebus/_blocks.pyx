@@ -6,7 +6,7 @@ of all its events, then the events' bytes end to end. Little-endian.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
-from libc.stdlib cimport free, malloc, qsort
+from libc.stdlib cimport calloc, free, malloc, qsort
 from libc.string cimport memcpy
 
 from tapebus._topics cimport hash_bytes
@@ -168,6 +168,66 @@ cdef class BlockView:
         for i in range(1, n + 1):
             us += self.columns.wait_us[i]
         return us / 1e6
+
+    def places(self, uint32_t start, uint32_t stop, topics=None, among=None):
+        """The indexes from `start` to before `stop` of the events whose topic id is in `topics`; ascending.
+
+        `among` names, ascending, the only indexes to look at. None stands for all.
+        """
+        cdef uint8_t *chosen = NULL
+        cdef uint32_t i
+        found = []
+        stop = min(stop, self.count)
+        if topics is not None:
+            chosen = <uint8_t *>calloc(65536, 1)
+            if chosen == NULL:
+                raise MemoryError
+        try:
+            if chosen != NULL:
+                for number in topics:
+                    chosen[<uint16_t>number] = 1
+            if among is None:
+                for i in range(start, stop):
+                    if chosen == NULL or chosen[self.columns.topic[i]]:
+                        found.append(i)
+            else:
+                for place in among:
+                    i = place
+                    if start <= i < stop and (chosen == NULL or chosen[self.columns.topic[i]]):
+                        found.append(i)
+        finally:
+            free(chosen)
+        return found
+
+    def take(self, list places not None):
+        """A view of copies of the events at the indexes `places`, numbered from ``first_seq`` on; for decoding them."""
+        cdef uint32_t n = len(places), i, k = 0
+        cdef size_t size = 0
+        cdef columns_t to
+        cdef uint8_t *out
+        for place in places:
+            i = place
+            if i >= self.count:
+                raise IndexError(f"block {self.first_seq} has no event {i}")
+            size += self.columns.size[i]
+        payload = PyBytes_FromStringAndSize(NULL, HEAD_SIZE + <size_t>COLUMNS_SIZE * n + size)
+        columns_at(<uint8_t *>PyBytes_AS_STRING(payload), n, &to)
+        to.head.count = n
+        to.head.reserved = 0
+        to.head.base_us = self.columns.head.base_us
+        to.head.data_size = size
+        out = to.data
+        for place in places:
+            i = place
+            to.size[k] = self.columns.size[i]
+            to.wait_us[k] = 0
+            to.topic[k] = self.columns.topic[i]
+            to.flags[k] = self.columns.flags[i]
+            to.priority[k] = self.columns.priority[i]
+            memcpy(out, self.columns.data + self.offsets[i], self.columns.size[i])
+            out += self.columns.size[i]
+            k += 1
+        return BlockView(payload, self.first_seq)
 
     def urgent(self):
         """Sequence numbers of the HIGH and CRITICAL events."""

@@ -113,6 +113,21 @@ def stamp(list events not None, BlockView origin not None, uint32_t first):
         tb_set(event, ORIGIN_SLOT, origin)
 
 
+def stamp_at(list events not None, BlockView origin not None, list places not None):
+    """As `stamp`, for events that stand at the indexes `places` of `origin`, one each."""
+    cdef Py_ssize_t i, n = PyList_GET_SIZE(events)
+    cdef uint64_t seq
+    if n != PyList_GET_SIZE(places):
+        raise ValueError("as many places as events are needed")
+    for i in range(n):
+        event = <object>PyList_GET_ITEM(events, i)
+        if not isinstance(event, Event):
+            raise TypeError("only events can be stamped")
+        seq = origin.first_seq + <uint64_t>places[i]
+        tb_set(event, SEQ_SLOT, seq)
+        tb_set(event, ORIGIN_SLOT, origin)
+
+
 def run_checks(list events not None, BlockView view not None, uint32_t first, list checks not None):
     """Apply ``checks[topic]`` to each event; the list of ``(index, reason)`` of those that break a rule."""
     cdef Py_ssize_t i, n = PyList_GET_SIZE(events), limit = PyList_GET_SIZE(checks)

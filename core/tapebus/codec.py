@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import msgspec
 
-from tapebus._decode import SINGLE_RUN, gather, run_checks, stamp
+from tapebus._decode import SINGLE_RUN, gather, run_checks, stamp, stamp_at
 from tapebus._scan import EXTENSION_FLAG, JSON_FLAG, NONFINITE_FLAG, WIDE_FLAG
 from tapebus._topics import Topics
 from tapebus.blocks import BlockView
 from tapebus.events import ENVELOPE_KEYS, Event, EventType, GenericEvent, Registry
 from tapebus.store import Block
 
+#: Events a reader decodes at first; four times as many with each further piece of a block.
+FIRST_SLICE = 64
 _ENVELOPE_DEFAULTS = {"timestamp": 0.0, "source": ""}
 
 
@@ -156,10 +159,35 @@ class Codec:
     def decode_block(
         self, block: Block, topics: dict[int, str], after: int = 0, wanted: set[int] | None = None
     ) -> list[Event]:
-        """Every event of `block` above `after` (of the topic numbers `wanted`), typed where possible.
+        """Every event of `block` above `after` (of the topic numbers `wanted`), typed where possible."""
+        return list(self.events(block, topics, after, block.last_seq, wanted))
 
-        What does not fit its type comes back as a `GenericEvent` with the payload as it is.
+    def events(
+        self,
+        block: Block,
+        topics: dict[int, str],
+        after: int,
+        until: int,
+        wanted: set[int] | None = None,
+        among: list[int] | None = None,
+        reverse: bool = False,
+    ) -> Iterator[Event]:
+        """The events of `block` with ``after < bus_seq <= until``, newest first if `reverse`; decoded as taken.
+
+        Only those of the topic numbers `wanted`, and only at the offsets `among`, where these are given. What does not
+        fit its type comes back as a `GenericEvent` with the payload as it is.
         """
+        self._know(topics)
+        view = BlockView(block.payload, block.first_seq)
+        start, stop = max(0, after + 1 - block.first_seq), min(block.count, max(0, until + 1 - block.first_seq))
+        everything = wanted is None and among is None
+        places = range(start, stop) if everything else view.places(start, stop, wanted, among)
+        for first, last in _slices(len(places), reverse):
+            found = self._typed(view, places[first:last])
+            yield from reversed(found) if reverse else found
+
+    def _know(self, topics: dict[int, str]) -> None:
+        """Take over the numbers that the tape has given to event types."""
         if len(self.topics) < len(topics):
             self.topics = Topics()
             self.topics.load(topics)
@@ -167,15 +195,19 @@ class Codec:
                 if name in self.registry.types:
                     self.topics.register(name, self.registry.types[name].aliases)
             self._known = -1
-        view = BlockView(block.payload, block.first_seq)
-        start = max(0, after + 1 - block.first_seq)
-        events, _ = self.decode(view, start)
-        out: list[Event] = []
-        for i, event in enumerate(events, start):
-            seq = block.first_seq + i
-            if wanted is None or view.topic(seq) in wanted:
-                out.append(event if event is not None else self._generic(view, i))
-        return out
+
+    def _typed(self, view: BlockView, places: range | list[int]) -> list[Event]:
+        """The events at `places` of `view`."""
+        if isinstance(places, range):
+            found, _ = self.decode(view, places.start, places.stop)
+            return [
+                event if event is not None else self._generic(view, i) for i, event in zip(places, found, strict=True)
+            ]
+        part = view.take(places)
+        found, _ = self.decode(part)
+        events = [event if event is not None else self._generic(part, i) for i, event in enumerate(found)]
+        stamp_at(events, view, places)
+        return events
 
     def _generic(self, view: BlockView, i: int) -> Event:
         seq = view.first_seq + i
@@ -193,6 +225,15 @@ class Codec:
             event = GenericEvent(event_type=name, timestamp=0.0, source="", data={})
         stamp([event], view, i)
         return event
+
+
+def _slices(count: int, reverse: bool) -> Iterator[tuple[int, int]]:
+    """Growing pieces of `count` things, from the end if `reverse`: who takes few pays for few."""
+    done, size = 0, FIRST_SLICE
+    while done < count:
+        size = min(size, count - done)
+        yield (count - done - size, count - done) if reverse else (done, done + size)
+        done, size = done + size, size * 4
 
 
 class _Refused(Exception):

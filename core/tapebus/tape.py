@@ -146,9 +146,9 @@ class Tape:
             block = next(iter(self._reader.blocks(wanted[0] - 1)), None)
             if block is None:
                 break
-            here = {seq for seq in wanted if seq <= block.last_seq}
-            events = self._codec.decode_block(block, names, wanted[0] - 1)
-            found.update({event.bus_seq: event for event in events if event.bus_seq in here})
+            here = [seq - block.first_seq for seq in wanted if block.first_seq <= seq <= block.last_seq]
+            events = self._codec.events(block, names, 0, block.last_seq, among=here)
+            found.update({event.bus_seq: event for event in events})
             wanted = [seq for seq in wanted if seq > block.last_seq]
         return found
 
@@ -226,27 +226,24 @@ class Tape:
         elif wanted is not None and not wanted:
             return
         low, high = after, horizon
-        for block in self._blocks(after, wanted, since, until, correlation_id, reverse):
+        for block, among in self._blocks(after, wanted, since, until, correlation_id, reverse):
             if block.first_seq > high:
                 if reverse:
                     continue
                 return
-            events = [
-                event
-                for event in self._codec.decode_block(block, names, low, wanted)
-                if low < event.bus_seq <= high
-                and (since is None or event.timestamp >= since)
-                and (until is None or event.timestamp < until)
-                and (correlation_id is None or event.correlation_id == correlation_id)
-                and (not full or covers(topics or (), event.event_type))  # type: ignore[attr-defined]
-            ]
+            for event in self._codec.events(block, names, low, high, wanted, among, reverse):
+                if (
+                    (since is None or event.timestamp >= since)
+                    and (until is None or event.timestamp < until)
+                    and (correlation_id is None or event.correlation_id == correlation_id)
+                    and (not full or covers(topics or (), event.event_type))  # type: ignore[attr-defined]
+                ):
+                    yield event
             # Blocks may be merged while we read: what was handed out must not come again.
             if reverse:
                 high = min(high, block.first_seq - 1)
-                events.reverse()
             else:
                 low = max(low, block.last_seq)
-            yield from events
 
     def _blocks(
         self,
@@ -256,11 +253,13 @@ class Tape:
         until: float | None,
         correlation_id: str | None,
         reverse: bool,
-    ) -> Iterator[Block]:
+    ) -> Iterator[tuple[Block, list[int] | None]]:
+        """Blocks that may hold what matches, and the offsets in them where it can only be, if these are known."""
         if correlation_id is None:
-            yield from self._reader.blocks(after, topic_ids=wanted, since=since, until=until, reverse=reverse)
+            for block in self._reader.blocks(after, topic_ids=wanted, since=since, until=until, reverse=reverse):
+                yield block, None
             return
-        found = (block for block, _ in self._reader.blocks_of(correlation_id) if block.last_seq > after)
+        found = ((block, among) for block, among in self._reader.blocks_of(correlation_id) if block.last_seq > after)
         yield from reversed(list(found)) if reverse else found
 
 
