@@ -1,4 +1,4 @@
-# make demo · make test · make faults · make sabotage · make build · make lint · make bench · make asan · make wheel · make lock · make clean
+# make demo · make test · make faults · make sabotage · make build · make lint · make bench · make profile · make asan · make wheel · make lock · make clean
 # PYTHON=/path/to/python3.13 chooses another interpreter than the first suitable one on PATH.
 
 VENV    := .venv
@@ -14,7 +14,7 @@ COMPILED := ring scan blocks outbox ingest decode codec
 
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: demo test faults sabotage build lint format bench asan wheel lock lock-check clean
+.PHONY: demo test faults sabotage build lint format bench profile asan wheel lock lock-check clean
 
 demo: $(VENV)/.built
 	@$(BIN)/tapebus demo
@@ -45,6 +45,13 @@ format: $(VENV)/.lint
 
 bench: $(VENV)/.built $(VENV)/.bench
 	@$(BIN)/python -m bench $(ARGS)
+
+# Where the CPU time of an event goes, and the C of each line of the compiled modules: build/profile.
+profile: $(VENV)/.built $(VENV)/.bench $(VENV)/.profile
+	@$(BIN)/python -m bench.profile $(ARGS)
+	@mkdir -p build/profile/annotate
+	@for each in $$(find core plugins -name '*.pyx'); do name=build/profile/annotate/$$(basename $$each .pyx); \
+	$(BIN)/cython -3 --annotate -I core -o $$name.c $$each && rm $$name.c; done
 
 # Compiled modules under the address, undefined-behaviour and leak sanitizers, built beside the normal ones: their tests,
 # then damaged frames (make asan SIZE=long for two million and more).
@@ -97,7 +104,7 @@ $(VENV)/.built: $(BIN)/python pyproject.toml setup.py $(SOURCES)
 	@rm -rf *.egg-info
 	@touch $@
 
-$(VENV)/.test $(VENV)/.lint $(VENV)/.bench: $(VENV)/.%: $(BIN)/python pyproject.toml
+$(VENV)/.test $(VENV)/.lint $(VENV)/.bench $(VENV)/.profile: $(VENV)/.%: $(BIN)/python pyproject.toml
 	@$(GROUP) $* >$@.txt
 	@$(PIP) --requirement $@.txt
 	@touch $@
