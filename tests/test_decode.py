@@ -37,7 +37,7 @@ def test_a_check_that_raises_breaks_its_event_only():
 
 def test_events_go_to_the_groups_their_type_names_in_order():
     events = [event(), None, event(), event(), event()]
-    groups = split(events, view(1, 1, 2, 3, 0), 0, [0, 1, 3, 0], 2, lambda name: 2)
+    groups = split(events, view(1, 1, 2, 3, 0), 0, [(), (0,), (0, 1), ()], 2, lambda name: (1,))
     assert groups == [[events[0], events[2]], [events[2], events[4]]]
 
 
@@ -49,4 +49,7 @@ def test_a_batch_remembers_how_far_its_handler_came():
     iterator = iter(batch)
     next(iterator)
     assert batch.position == 1
-    assert list(batch) == events and batch.position == 2
+    assert not batch.exhausted
+    assert list(batch) == events and batch.position == 2 and batch.exhausted
+    assert batch[0] is events[0] and batch.position == 1 and not batch.exhausted
+    assert batch[:1] == events[:1] and batch.position == 2 and batch.exhausted

@@ -16,16 +16,18 @@ def split(
     events: list[Any],
     view: BlockView,
     first: int,
-    masks: list[int],
+    routes: list[tuple[int, ...]],
     groups: int,
-    mask_of: Callable[[str], int],
+    route_of: Callable[[str], tuple[int, ...]],
 ) -> list[list[Any]]: ...
 
 class Batch:
     events: list[Any]
-    position: int
-    exhausted: bool
     def __init__(self, events: list[Any]) -> None: ...
+    @property
+    def position(self) -> int: ...
+    @property
+    def exhausted(self) -> bool: ...
     @property
     def first_seq(self) -> int: ...
     @property

@@ -5,6 +5,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.list cimport PyList_Append, PyList_GET_ITEM, PyList_GET_SIZE, PyList_New
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
+from cpython.tuple cimport PyTuple_GET_ITEM, PyTuple_GET_SIZE
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
@@ -32,6 +33,7 @@ cdef extern from *:
     }
     """
     Py_ssize_t tb_slot(object descriptor)
+    Py_ssize_t PyObject_LengthHint(object o, Py_ssize_t default) except -1
     void tb_set(object o, Py_ssize_t offset, object value)
 
 cdef Py_ssize_t SEQ_SLOT = tb_slot(Event.__dict__["bus_seq"])
@@ -151,45 +153,60 @@ def run_checks(list events not None, BlockView view not None, uint32_t first, li
     return broken
 
 
-def split(list events not None, BlockView view not None, uint32_t first, list masks not None, int groups, mask_of):
-    """Sort the events (None is skipped) into one list for each group whose bit is in ``masks[topic]``.
+def split(list events not None, BlockView view not None, uint32_t first, list routes not None, int groups, route_of):
+    """Sort the events (None is skipped) into one list for each of the groups that ``routes[topic]`` numbers.
 
-    ``mask_of(event_type)`` is asked for types without a number.
+    ``route_of(event_type)`` is asked for types without a number.
     """
-    cdef Py_ssize_t i, n = PyList_GET_SIZE(events)
-    cdef uint64_t mask
+    cdef Py_ssize_t i, k, n = PyList_GET_SIZE(events)
     cdef uint16_t topic
-    cdef int g
-    cdef list each
+    cdef tuple route
     out = [[] for _ in range(groups)]
     for i in range(n):
         event = <object>PyList_GET_ITEM(events, i)
         if event is None:
             continue
         topic = view.columns.topic[first + i]
-        mask = masks[topic] if topic else mask_of(event.event_type)
-        g = 0
-        while mask:
-            if mask & 1:
-                each = <list>PyList_GET_ITEM(out, g)
-                PyList_Append(each, event)
-            mask >>= 1
-            g += 1
+        route = routes[topic] if topic else route_of(event.event_type)
+        for k in range(PyTuple_GET_SIZE(route)):
+            PyList_Append(<list>PyList_GET_ITEM(out, <Py_ssize_t><object>PyTuple_GET_ITEM(route, k)), event)
     return out
 
 
 cdef class Batch:
-    """New events for one consumer, in bus order. Iterating remembers how far the handler came."""
+    """New events for one consumer, in bus order, which remembers how far the handler came.
+
+    Iterating goes through a plain list iterator; how far it came is asked of the iterator.
+    """
 
     cdef:
         readonly list events
-        readonly Py_ssize_t position    # one beyond the event looked at last, 0 before the first
-        readonly bint exhausted         # whether an iteration has come to its end
+        object iterator         # of the iteration that runs or has ended, None before
+        Py_ssize_t indexed      # one beyond the event taken by its index last
+        bint sliced             # a part was taken; what becomes of it cannot be seen from here
 
     def __cinit__(self, list events not None):
         self.events = events
-        self.position = 0
-        self.exhausted = False
+        self.iterator = None
+        self.indexed = 0
+        self.sliced = False
+
+    @property
+    def position(self):
+        """One beyond the event looked at last, 0 before the first; from any thread."""
+        iterator = self.iterator
+        if iterator is None:
+            return PyList_GET_SIZE(self.events) if self.sliced else self.indexed
+        return PyList_GET_SIZE(self.events) - PyObject_LengthHint(iterator, 0)
+
+    @property
+    def exhausted(self):
+        """Whether an iteration has come to its end, or nobody can tell; from any thread."""
+        iterator = self.iterator
+        if iterator is None:
+            return self.sliced
+        # one that has ended no longer knows its list, nor its place in it
+        return len(iterator.__reduce__()) < 3
 
     @property
     def first_seq(self):
@@ -204,36 +221,14 @@ cdef class Batch:
 
     def __getitem__(self, index):
         found = self.events[index]
+        self.iterator = None
         if isinstance(index, int):
-            self.position = (index if index >= 0 else index + len(self.events)) + 1
+            self.indexed = (index if index >= 0 else index + len(self.events)) + 1
         else:
-            # what becomes of a part of the batch cannot be seen from here
-            self.position = len(self.events)
-            self.exhausted = True
+            self.sliced = True
         return found
 
     def __iter__(self):
-        self.position = 0
-        self.exhausted = False
-        return BatchIterator(self)
-
-
-cdef class BatchIterator:
-    cdef Batch batch
-    cdef Py_ssize_t next_index
-
-    def __cinit__(self, Batch batch not None):
-        self.batch = batch
-        self.next_index = 0
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        cdef Py_ssize_t i = self.next_index
-        if i >= PyList_GET_SIZE(self.batch.events):
-            self.batch.exhausted = True
-            raise StopIteration
-        self.next_index = i + 1
-        self.batch.position = i + 1
-        return <object>PyList_GET_ITEM(self.batch.events, i)
+        self.sliced = False
+        self.iterator = iter(self.events)
+        return self.iterator

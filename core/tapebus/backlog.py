@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 
 class Item(Protocol):
-    """Consecutive events; `weight` is what counts against the capacity of the queue."""
+    """Consecutive events; `weight` is what counts against the capacity of the queue, 0 for what only moves a cursor."""
 
     first_seq: int
     last_seq: int
@@ -71,8 +71,12 @@ class Backlog:
                     self.lapped = True
                     break
             if not self.lapped:
-                self._items.append(item)
-                self._weight += item.weight
+                if not item.weight and self._items and not self._items[-1].weight:
+                    # or a taker that hangs would let them pile up without ever reaching the capacity
+                    self._items[-1].last_seq = item.last_seq
+                else:
+                    self._items.append(item)
+                    self._weight += item.weight
             self._changed.notify()
 
     def get(self, timeout: float | None) -> Any | None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 from tapebus._decode import split
 from tapebus.backlog import Backlog
@@ -26,15 +26,16 @@ EVENT_BYTES = 512
 
 
 class Slice:
-    """Decoded consecutive events on their way to a consumer with its own thread; None where one failed."""
+    """A stretch of the tape and what was decoded of it: all its events, None where one failed, or those one
+    consumer asked for.
+    """
 
-    __slots__ = ("events", "first_seq", "last_seq", "start", "urgent", "view", "weight")
+    __slots__ = ("events", "first_seq", "last_seq", "urgent", "view", "weight")
 
-    def __init__(self, events: list[Any], view: BlockView, start: int, last_seq: int, urgent: bool = False) -> None:
+    def __init__(self, events: list[Any], view: BlockView, first_seq: int, last_seq: int, urgent: bool = False) -> None:
         self.events = events
         self.view = view
-        self.start = start
-        self.first_seq = view.first_seq + start
+        self.first_seq = first_seq
         self.last_seq = last_seq
         # large events count for several, or a queue of them would hold any amount of memory
         size = len(view.payload) * len(events) // max(1, view.count)
@@ -42,25 +43,34 @@ class Slice:
         self.urgent = urgent
 
 
+class Outlet(Protocol):
+    """A consumer with a thread of its own, as the dispatcher sees it."""
+
+    fence: Fence
+
+    def offer(self, piece: Slice) -> None: ...
+
+
 class FanOut:
-    """Which topics go to which of a few consumers, as one bit mask per topic number."""
+    """Which topics go to which of a few consumers: for each topic number the numbers of their groups."""
 
     def __init__(self, codec: Codec, topics: list[tuple[str, ...]]) -> None:
         self._codec = codec
         self._groups: list[tuple[str, ...]] = list(dict.fromkeys(topics))
-        self.index = [self._groups.index(each) for each in topics]
-        self._masks: list[int] = [0]
+        self._index = [self._groups.index(each) for each in topics]
+        self._routes: list[tuple[int, ...]] = [()]
 
-    def _mask(self, name: str) -> int:
-        return sum(1 << g for g, topics in enumerate(self._groups) if covers(topics, name))
+    def _route(self, name: str) -> tuple[int, ...]:
+        return tuple(g for g, topics in enumerate(self._groups) if covers(topics, name))
 
-    def split(self, events: list[Event | None], view: BlockView, start: int) -> list[list[Event]]:
+    def split(self, piece: Slice) -> list[list[Event]]:
         """One list of events for each consumer, in the order the topics were given."""
         topics = self._codec.topics
-        if len(self._masks) <= len(topics):
-            self._masks += [self._mask(name) for name in topics.after(len(self._masks) - 1).values()]
-        groups = split(events, view, start, self._masks, len(self._groups), self._mask)
-        return [groups[g] for g in self.index]
+        if len(self._routes) <= len(topics):
+            self._routes += [self._route(name) for name in topics.after(len(self._routes) - 1).values()]
+        start = piece.first_seq - piece.view.first_seq
+        groups = split(piece.events, piece.view, start, self._routes, len(self._groups), self._route)
+        return [groups[g] for g in self._index]
 
 
 class Dispatcher(threading.Thread):
@@ -77,18 +87,20 @@ class Dispatcher(threading.Thread):
         max_batch: int,
         judge: Judge,
         fail: Callable[[BaseException], None],
+        outlets: Sequence[Outlet] = (),
     ) -> None:
         super().__init__(name="tapebus-dispatch", daemon=True)
         self.codec = codec
         self.fences = fences
         self.store = store
-        self.outlets: list[Any] = []
+        self._outlets = outlets
         self.feed: Any = None
         self._max_batch = max_batch
         self.judge = judge
         self._units: list[Fence | Judge] = [*fences, judge]
         self._fail = fail
-        self._fan = FanOut(codec, [tuple(fence.consumer.topics) for fence in fences])
+        everybody = [*fences, *(outlet.fence for outlet in outlets)]
+        self._fan = FanOut(codec, [tuple(fence.consumer.topics) for fence in everybody])
         self._lanes = [fence for fence in fences if fence.consumer.lanes]
         load = (lambda after: store.blocks(after)) if store is not None else None
         self.backlog = Backlog(BACKLOG_BYTES, cursor, last_seq, load)
@@ -147,23 +159,28 @@ class Dispatcher(threading.Thread):
     def _dispatch(self, block: Block) -> None:
         view = BlockView(block.payload, block.first_seq)
         for start in range(0, view.count, self._max_batch):
-            stop = min(start + self._max_batch, view.count)
-            self.doing.begin("rules of event types")
-            events, faults = self.codec.decode(view, start, stop)
-            self.doing.end()
-            first, last = block.first_seq + start, block.first_seq + stop - 1
-            self.judge.judge(faults, view, first, last)
-            urgent = block.urgent > 0
-            piece = Slice(events, view, start, last, urgent)
-            for outlet in self.outlets:
-                outlet.offer(piece)
-            if self.feed is not None:
-                self.feed.offer(self._with_quarantined(piece, faults))
-            for fence, wanted in zip(self.fences, self._fan.split(events, view, start), strict=True):
-                # without a store there is nothing to catch up from: such a consumer goes on with what comes
-                if (fence.cursor + 1 >= first or self.store is None) and fence.ready:
-                    fence.offer(wanted, last)
+            # a call each, so that the events of one are freed, still warm, before the next are made
+            self._dispatch_piece(view, start, min(start + self._max_batch, view.count), block.urgent > 0)
         self.judge.close_unit()
+
+    def _dispatch_piece(self, view: BlockView, start: int, stop: int, urgent: bool) -> None:
+        self.doing.begin("rules of event types")
+        events, faults = self.codec.decode(view, start, stop)
+        self.doing.end()
+        first, last = view.first_seq + start, view.first_seq + stop - 1
+        self.judge.judge(faults, view, first, last)
+        piece = Slice(events, view, first, last, urgent)
+        if self.feed is not None:
+            self.feed.offer(self._with_quarantined(piece, faults))
+        lists = self._fan.split(piece)
+        for outlet, wanted in zip(self._outlets, lists[len(self.fences) :], strict=True):
+            # what holds nothing for it only moves its cursor: once a block is enough
+            if wanted or stop == view.count:
+                outlet.offer(Slice(wanted, view, first, last, urgent and bool(wanted)))
+        for fence, wanted in zip(self.fences, lists, strict=False):
+            # without a store there is nothing to catch up from: such a consumer goes on with what comes
+            if (fence.cursor + 1 >= first or self.store is None) and fence.ready:
+                fence.offer(wanted, last)
 
     def _with_quarantined(self, piece: Slice, faults: list[Fault]) -> Slice:
         """What the feed repeats: also the events that break a rule and are only kept from consumers."""
@@ -174,7 +191,7 @@ class Dispatcher(threading.Thread):
             if name in types and types[name].policy == "quarantine":
                 events = list(events) if events is piece.events else events
                 events[fault.index] = fault.event
-        return piece if events is piece.events else Slice(events, piece.view, piece.start, piece.last_seq)
+        return piece if events is piece.events else Slice(events, piece.view, piece.first_seq, piece.last_seq)
 
     def _overtake(self) -> None:
         """Hand urgent events of the backlog to the consumers that let them overtake."""
@@ -216,7 +233,7 @@ def pieces_of(codec: Codec, block: Block, after: int, max_batch: int) -> Iterato
     for start in range(max(0, after + 1 - block.first_seq), view.count, max_batch):
         stop = min(start + max_batch, view.count)
         events, _ = codec.decode(view, start, stop)
-        yield Slice(events, view, start, block.first_seq + stop - 1)
+        yield Slice(events, view, block.first_seq + start, block.first_seq + stop - 1)
 
 
 def event_at(codec: Codec, store: StoreReader | None, seq: int) -> Event | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from tapebus.backlog import Backlog
 from tapebus.codec import Codec
@@ -45,10 +44,11 @@ class ThreadConsumer(threading.Thread):
     def _load(self, after: int) -> Iterator[Slice]:
         assert self._store is not None
         for block in self._store.blocks(after):
-            yield from pieces_of(self._codec, block, after, self._max_batch)
+            for piece in pieces_of(self._codec, block, after, self._max_batch):
+                yield Slice(self._fan.split(piece)[0], piece.view, piece.first_seq, piece.last_seq)
 
     def offer(self, piece: Slice) -> None:
-        """Take the next slice; called by the dispatcher."""
+        """Take the next slice of what this consumer asked for; called by the dispatcher."""
         if piece.last_seq > self.backlog.last_seq:
             self.backlog.put(piece)
 
@@ -84,7 +84,7 @@ class ThreadConsumer(threading.Thread):
             failpoint("outlet.before_slice")
             if fence.consumer.lanes:
                 self._overtake()
-            fence.offer(self._fan.split(piece.events, piece.view, piece.start)[0], piece.last_seq)
+            fence.offer(piece.events, piece.last_seq)
             if fence.cursor < piece.last_seq:
                 # the breaker opened inside the slice: take the rest again from the tape, later
                 self._rewind()
@@ -102,9 +102,8 @@ class ThreadConsumer(threading.Thread):
             if piece.first_seq <= self._overtaken:
                 continue
             self._overtaken = piece.last_seq
-            wanted: list[Any] = self._fan.split(piece.events, piece.view, piece.start)[0]
             urgent = set(piece.view.urgent())
-            self.fence.offer_ahead([event for event in wanted if event.bus_seq in urgent])
+            self.fence.offer_ahead([event for event in piece.events if event.bus_seq in urgent])
 
     def stop(self) -> None:
         self.backlog.close()

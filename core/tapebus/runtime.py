@@ -175,6 +175,10 @@ class Runtime:
         restore(self.store, self.wiring.inline, self._tell_tape)
         judge = Judge(self.codec.topics, self._begin(last_seq), self._tell_tape)
         cursors = [judge.cursor, *(fence.cursor for fence in self.wiring.inline)]
+        self.threads = [
+            ThreadConsumer(fence, self.codec.copy(), self.store, last_seq, config.bus.max_batch, self._fail)
+            for fence in self.wiring.threads
+        ]
         self.dispatcher = Dispatcher(
             self.codec,
             self.wiring.inline,
@@ -184,12 +188,8 @@ class Runtime:
             max_batch=config.bus.max_batch,
             judge=judge,
             fail=self._fail,
+            outlets=self.threads,
         )
-        self.threads = [
-            ThreadConsumer(fence, self.codec.copy(), self.store, last_seq, config.bus.max_batch, self._fail)
-            for fence in self.wiring.threads
-        ]
-        self.dispatcher.outlets = list(self.threads)
         self.tape.deliver = self.dispatcher.deliver
         self.statistics.watchdog = Watchdog(self, self._tell_tape, self._fail)
 

@@ -71,6 +71,8 @@ class Engine:
         self._configs: dict[str, configuration.Config] = {}
         self._saved: dict[str, bytes] = {}
         self._touched = False
+        self._quote_class: type[Any] | None = None
+        self._new_quotes: dict[str, Any] = {}
         self._load()
         self._handlers: dict[str, Callable[[Any], None]] = {
             "signal_generated": self.on_signal,
@@ -86,16 +88,33 @@ class Engine:
     # -- events ---------------------------------------------------------------------------------
 
     def handle(self, batch: Any) -> None:
-        """One batch in bus order; quotes only overwrite the last one of their symbol."""
-        quotes, handlers = self.quotes, self._handlers
-        for event in batch:
-            if event.event_type == "market_data":
-                data = event.data
-                quotes[data.symbol] = (data.bid, data.ask, event.timestamp)
-            else:
-                self._touched = True
-                handlers[event.event_type](event)
-            self.clock = event.timestamp
+        """One batch in bus order; quotes are put by, and read only when somebody asks for them."""
+        new, quote_class, last = self._new_quotes, self._quote_class, None
+        try:
+            for event in batch:
+                if type(event) is quote_class:
+                    last = new[event.data.symbol] = event
+                elif event.event_type == "market_data":
+                    quote_class = self._quote_class = type(event)
+                    last = new[event.data.symbol] = event
+                else:
+                    if last is not None:
+                        self.clock = last.timestamp
+                    kind = event.event_type
+                    # of the actions of users only the kill switch matters, and that is no part of a table
+                    self._touched = self._touched or kind != "user_action"
+                    self._handlers[kind](event)
+                    last = event
+        finally:
+            self._read_quotes()
+            if last is not None:
+                self.clock = last.timestamp
+
+    def _read_quotes(self) -> None:
+        """Take the new quotes over; an event is not kept, for it keeps its whole batch in memory."""
+        for symbol, event in self._new_quotes.items():
+            self.quotes[symbol] = (event.data.bid, event.data.ask, event.timestamp)
+        self._new_quotes.clear()
 
     def on_signal(self, event: Any) -> None:
         data = event.data
@@ -277,7 +296,8 @@ class Engine:
             self._publish(table, [], event)
 
     def on_action(self, event: Any) -> None:
-        action = str(_get(event.data, "action") or "")
+        data = event.data
+        action = data.get("action") if type(data) is dict else data.action
         if action not in ("kill_switch_on", "kill_switch_off"):
             return
         wanted = action == "kill_switch_on"
@@ -346,6 +366,7 @@ class Engine:
         table.balance(name, balance, equity, self.config_of(table.user_id).balance_jump)
 
     def _quotes(self) -> dict[str, Quote]:
+        self._read_quotes()
         return {
             symbol: Quote(bid, ask, at)
             for symbol, (bid, ask, at) in self.quotes.items()
