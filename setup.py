@@ -11,8 +11,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 MODULES = (
-    *("_topics", "_scan_json", "_scan_msgpack", "_scan", "_blocks", "_ring"),
-    *("_ingest", "_decode", "_outbox"),
+    *("_topics", "_scan_json", "_scan_msgpack", "_scan", "_blocks", "_libzmq", "_ring"),
+    *("_rights", "_sessions", "_intake", "_push", "_ingest"),
+    *("_decode", "_outbox"),
 )
 
 TRACE, ANNOTATE, SANITIZE = (bool(os.environ.get(f"TAPEBUS_{name}")) for name in ("TRACE", "ANNOTATE", "SANITIZE"))

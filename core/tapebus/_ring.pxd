@@ -4,6 +4,7 @@
 from cpython.object cimport PyObject
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
+from tapebus._libzmq cimport msg_t
 from tapebus._scan cimport item_t
 from tapebus._topics cimport Topics
 
@@ -23,12 +24,6 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_mutex_init(pthread_mutex_t *lock, const void *attributes)
     int pthread_mutex_lock(pthread_mutex_t *lock)
     int pthread_mutex_unlock(pthread_mutex_t *lock)
-
-# A zmq_msg_t: 64 bytes, owned by whoever initialised it until zmq_msg_close.
-cdef struct msg_t:
-    uint64_t opaque[8]
-
-ctypedef int (*close_fn)(msg_t *) noexcept nogil
 
 cdef enum:
     FRAME = 0         # events; `count` more of the frame were refused for reason `code`
@@ -104,7 +99,6 @@ cdef class Ring:
         producer_t **producers
         readonly uint32_t n_producers
         uint32_t max_producers
-        close_fn msg_close
         uint64_t next_seq           # bus_seq of the next event; owned by the tape thread
         mail_t *mail_first
         mail_t *mail_last

@@ -16,6 +16,7 @@ from posix.unistd cimport close, read, write
 from tapebus._blocks cimport (
     COLUMNS_SIZE, CORR_SIZE, HEAD_SIZE, MAX_WAIT_US, columns_at, columns_t, compare_corr, corr_t,
 )
+from tapebus._libzmq cimport msg_close
 from tapebus._scan cimport UNTIMED
 
 from tapebus.store import Block, Gap, ProducerBook
@@ -272,7 +273,7 @@ cdef class Ring:
 
     cdef void release(self, entry_t *entry) noexcept nogil:
         if entry.has_msg:
-            self.msg_close(&entry.msg)
+            msg_close(&entry.msg)
             entry.has_msg = 0
         free(entry.owned)
         entry.owned = NULL

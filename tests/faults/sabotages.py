@@ -142,7 +142,7 @@ SABOTAGES = [
     Sabotage(
         "rights-unchecked",
         "an identity publishes what it was not given the right to",
-        "core/tapebus/_ingest.pyx",
+        "core/tapebus/_rights.pyx",
         "        return verdict[0] == ALLOWED\n",
         "        return True\n",
         ["tests/test_security.py"],
