@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Iterator
 from typing import Any
+from zlib import crc32
 
 #: Price at the start in points, digits after the point, usual spread in points.
 MARKET = {
@@ -102,14 +103,14 @@ def laps(events: list[Event], count: int) -> Iterator[Event]:
     sent = lap = 0
     while sent < count:
         if lap:
-            events = [_renamed(event, lap) if event[2] is not None else event for event in events]
+            events = [renamed(event, lap) if event[2] is not None else event for event in events]
         part = events if count - sent >= len(events) else events[: count - sent]
         yield from part
         sent += len(part)
         lap += 1
 
 
-def _renamed(event: Event, lap: int) -> Event:
+def renamed(event: Event, lap: int) -> Event:
     name = f"{str(event[2]).partition('+')[0]}+{lap}"
     return event[0], {**event[1], "signal_id": name}, name
 
@@ -121,3 +122,32 @@ def envelope(event: Event, source: str = "bench") -> dict[str, Any]:
     if correlation_id is not None:
         whole["correlation_id"] = correlation_id
     return whole
+
+
+# -- what proves that nothing was lost, changed or turned around ---------------------------------------------------
+
+MASK = (1 << 61) - 1
+
+
+def digest_sent(digest: int, event: Event) -> int:
+    """`digest` continued by an event as it was sent; the sum of a producer depends on order and values."""
+    event_type, data, _ = event
+    if event_type == "market_data":
+        key = hash((data["bid"], data["ask"], data["volume"]))
+    elif event_type == "signal_generated":
+        key = hash((data["entry"], data["sl"], data["tp"], crc32(data["signal_id"].encode())))
+    else:
+        key = crc32(f"{data['user_id']} {data['action']} {data.get('details')}".encode())
+    return (digest * 1_000_003 + key) & MASK
+
+
+def digest_seen(digest: int, event: Any) -> int:
+    """`digest` continued by an event as a plugin or a reader of the tape sees it."""
+    event_type, data = event.event_type, event.data
+    if event_type == "market_data":
+        key = hash((data.bid, data.ask, data.volume))
+    elif event_type == "signal_generated":
+        key = hash((data.entry, data.sl, data.tp, crc32(data.signal_id.encode())))
+    else:
+        key = crc32(f"{data.user_id} {data.action} {data.details}".encode())
+    return (digest * 1_000_003 + key) & MASK

@@ -1,83 +1,197 @@
-"""The processes that send the events of a benchmark: ``python -m bench.producers KIND ENDPOINT COUNT``."""
+"""The processes that send the events of a benchmark: ``python -m bench.producers LOAD``, `LOAD` a JSON object.
+
+Each prepares its events, says ``ready``, waits for a line on standard input, sends, and prints what it sent.
+"""
 
 from __future__ import annotations
 
 import json
-import os
+import random
 import sys
 import time
+from collections.abc import Callable, Iterator
+from functools import reduce
+from typing import Any
 
-from bench.load import DISTINCT, envelope, laps, mix
+import msgspec
+import zmq
+from bench.load import DISTINCT, Event, digest_sent, envelope, laps, mix, renamed
 
 #: Events a producer keeps in flight at most, so that nothing is dropped for want of memory.
 WINDOW = 40_000
+PATIENCE = 300.0
 
 
-def publisher(endpoint: str, count: int, seed: int) -> None:
-    """`count` events through `tapebus.Publisher`, acknowledged."""
+class Load(msgspec.Struct):
+    """What one producer sends: `kind` is ``publisher``, ``msgpack`` or ``json`` (plain PUSH), or ``paced``.
+
+    `symbols` are its share of the market, `only` one event type, `batch` the events of a PUSH frame, `padding` the
+    bytes of a text in each event instead of the mix.
+    """
+
+    kind: str
+    endpoint: str
+    count: int
+    source: str
+    seed: int = 1
+    symbols: list[str] = []
+    only: str = ""
+    batch: int = 1
+    padding: int = 0
+
+    def events(self) -> list[Event]:
+        """The distinct events, of which `laps` makes all."""
+        count = min(self.count, DISTINCT)
+        if self.padding:
+            return padded(self.seed, min(count, 64 * 1024 * 1024 // self.padding), self.padding)
+        options = (tuple(self.symbols),) if self.symbols else ()
+        if self.only:
+            return [event for event in mix(self.seed, count * 10 // 8 + 100, *options) if event[0] == self.only][:count]
+        return mix(self.seed, count, *options)
+
+
+def padded(seed: int, count: int, size: int) -> list[Event]:
+    """User actions with a text of `size` characters drawn at random."""
+    draw = random.Random(seed)
+    who = {"user_id": "bench", "action": "note"}
+    return [("user_action", {**who, "details": {"text": draw.randbytes(size // 2).hex()}}, None) for _ in range(count)]
+
+
+def begin() -> None:
+    """Tell that everything is prepared, and wait for the start."""
+    print("ready", flush=True)
+    sys.stdin.readline()
+
+
+def done() -> None:
+    """Tell that everything is on its way for good; what takes time to work out comes after it."""
+    print("sent", flush=True)
+
+
+def publisher(load: Load) -> dict[str, Any]:
+    """Through `tapebus.Publisher`, acknowledged."""
     from tapebus import Publisher
 
-    events = mix(seed, min(count, DISTINCT))
-    pub = Publisher("bench", endpoint)
-    for sent, (event_type, data, correlation_id) in enumerate(laps(events, count), 1):
-        while not pub.publish(event_type, data, correlation_id):
-            pub.flush(0.002)
+    events = load.events()
+    pub = Publisher(load.source, load.endpoint)
+    publish = pub.publish
+    begin()
+    for sent, (event_type, data, correlation_id) in enumerate(laps(events, load.count), 1):
+        publish(event_type, data, correlation_id)
         if sent % 1000 == 0:
             while pub.stats()["in_flight"] > WINDOW:
                 pub.flush(0.002)
-    done = pub.flush(120.0)
+    acknowledged = pub.flush(PATIENCE)
+    stats = pub.stats()
     pub.close()
-    sys.exit(0 if done else "the publisher lost events")
+    if not acknowledged or stats["dropped"]:
+        sys.exit(f"the publisher lost events: {stats}")
+    done()
+    return {"digest": reduce(digest_sent, laps(events, load.count), 0)}
 
 
-def push(endpoint: str, count: int, seed: int, as_json: bool) -> None:
-    """`count` single-event frames through a plain PUSH socket."""
-    import msgspec
-    import zmq
+def push(load: Load) -> dict[str, Any]:
+    """Through a plain PUSH socket, as any program in any language does."""
+    encode: Callable[[Any], bytes] = msgspec.msgpack.encode
+    if load.kind == "json":
+        encode = _json
+    events = load.events()
+    current = list(events)
+    frames = [encode(each) for each in _frames(events, load)]
+    with zmq.Context() as context, context.socket(zmq.PUSH) as socket:
+        socket.setsockopt(zmq.SNDHWM, 10_000)
+        socket.setsockopt(zmq.LINGER, int(PATIENCE * 1000))
+        socket.connect(load.endpoint)
+        send = socket.send
+        begin()
+        sent = lap = 0
+        while sent < load.count:
+            if lap:
+                _rename(frames, current, lap, encode, load)
+            part = min(len(frames), (load.count - sent) // load.batch)
+            for frame in frames[:part]:
+                send(frame)
+            sent += part * load.batch
+            lap += 1
+    done()
+    return {"digest": reduce(digest_sent, laps(events, load.count), 0)}
 
-    encode = (lambda event: json.dumps(event).encode()) if as_json else msgspec.msgpack.encode
-    frames = [encode(envelope(event)) for event in mix(seed, min(count, DISTINCT))]
-    socket = zmq.Context.instance().socket(zmq.PUSH)
-    socket.setsockopt(zmq.SNDHWM, 10_000)
-    socket.connect(endpoint)
-    for i in range(count):
-        socket.send(frames[i % len(frames)])
-    socket.close()
-    zmq.Context.instance().term()
+
+def _json(event: Any) -> bytes:
+    return json.dumps(event).encode()
 
 
-def paced(endpoint: str, count: int) -> None:
-    """One event a millisecond; prints the cost of the publish calls in µs as JSON."""
+def _frames(events: list[Event], load: Load) -> Iterator[Any]:
+    """What each frame holds: an event, or a list of `load.batch` of them."""
+    if load.count % load.batch or len(events) % load.batch:
+        sys.exit(f"{load.count} events, {len(events)} of them distinct, do not fill frames of {load.batch}")
+    for first in range(0, len(events), load.batch):
+        made = [envelope(event, load.source) for event in events[first : first + load.batch]]
+        yield made if load.batch > 1 else made[0]
+
+
+def _rename(frames: list[bytes], events: list[Event], lap: int, encode: Callable[[Any], bytes], load: Load) -> None:
+    """Give the signals of the next lap new names, as `laps` does."""
+    for i, event in enumerate(events):
+        if event[2] is not None:
+            events[i] = renamed(event, lap)
+    for place in sorted({i // load.batch for i, event in enumerate(events) if event[2] is not None}):
+        part = events[place * load.batch : (place + 1) * load.batch]
+        made = [envelope(event, load.source) for event in part]
+        frames[place] = encode(made if load.batch > 1 else made[0])
+
+
+def paced(load: Load) -> dict[str, Any]:
+    """One event a millisecond through a Publisher, then bursts; the seconds of every call of `publish`."""
     from tapebus import Publisher
 
-    costs = {}
-    with Publisher("bench", endpoint) as pub:
+    with Publisher(load.source, load.endpoint) as pub:
         pub.publish("user_action", {"user_id": "u", "action": "warm"})
-        pub.flush(5.0)
-        spent = []
-        for _ in range(count):
+        if not pub.flush(30.0):
+            sys.exit("the publisher found no bus")
+        begin()
+        spent = [0.0] * load.count
+        start = time.perf_counter()
+        for i in range(load.count):
+            wait = start + i * 0.001 - time.perf_counter()
+            if wait > 0:
+                time.sleep(wait)
             begun = time.perf_counter()
             pub.publish("user_action", {"user_id": "u", "action": "paced"})
-            spent.append(time.perf_counter() - begun)
-            time.sleep(0.001)
-        pub.flush(5.0)
-        costs["paced"] = sorted(spent)
-        spent = []
+            spent[i] = time.perf_counter() - begun
+        pub.flush(30.0)
+        done()
+        sys.stdin.readline()
+        burst = []
         for _ in range(20):
             for _ in range(1000):
                 begun = time.perf_counter()
                 pub.publish("user_action", {"user_id": "u", "action": "burst"})
-                spent.append(time.perf_counter() - begun)
-            pub.flush(5.0)
-        costs["burst"] = sorted(spent)
-    sys.stdout.write(json.dumps({k: [v[int(len(v) * q)] * 1e6 for q in (0.5, 0.99, 0.999)] for k, v in costs.items()}))
+                burst.append(time.perf_counter() - begun)
+            pub.flush(30.0)
+        if pub.stats()["dropped"]:
+            sys.exit(f"the publisher lost events: {pub.stats()}")
+    return {"paced": spent, "burst": burst}
 
+
+def plain(load: Load) -> dict[str, Any]:
+    """One event a millisecond through plain pyzmq to whoever binds, without a bus."""
+    with zmq.Context() as context, context.socket(zmq.PUSH) as socket:
+        socket.connect(load.endpoint)
+        begin()
+        start = time.perf_counter()
+        for i in range(load.count):
+            wait = start + i * 0.001 - time.perf_counter()
+            if wait > 0:
+                time.sleep(wait)
+            event = envelope(("user_action", {"user_id": "u", "action": "paced"}, None), load.source)
+            socket.send(msgspec.msgpack.encode(event))
+    done()
+    return {}
+
+
+KINDS = {"publisher": publisher, "msgpack": push, "json": push, "paced": paced, "plain": plain}
 
 if __name__ == "__main__":
-    kind, endpoint, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
-    if kind == "publisher":
-        publisher(endpoint, count, os.getpid())
-    elif kind == "paced":
-        paced(endpoint, count)
-    else:
-        push(endpoint, count, os.getpid(), kind == "json")
+    wanted = msgspec.json.decode(sys.argv[1], type=Load)
+    print(json.dumps(KINDS[wanted.kind](wanted)), flush=True)
