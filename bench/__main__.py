@@ -2,152 +2,159 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import platform
-import socket
-import subprocess
+import os
 import sys
-import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tapebus import Config, Consumer, Runtime, hookimpl
+import click
+from bench import latency, machine, plan, query, report, throughput, topologies
+from rich.console import Console
 
-ROOT = Path(__file__).parents[1]
-
-
-class Probe:
-    """Notes publish → handler times of ``user_action`` events while `on`."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self.on = False
-
-    @hookimpl
-    def tapebus_register_consumers(self, context: Any) -> list[Consumer]:
-        return [Consumer(name="probe", topics=["user_action"], handler=self._handle)]
-
-    def _handle(self, batch: Any) -> None:
-        if self.on:
-            now = time.time()
-            self.seconds += [now - event.timestamp for event in batch]
+BUILD = machine.ROOT / "build" / "bench"
+PAGE = machine.ROOT / "docs" / "performance.md"
+#: Columns of what goes into a pipe or a file.
+COLUMNS = 100
 
 
-@contextmanager
-def running(probe: Probe) -> Iterator[Runtime]:
-    """A bus on free ports and a temporary data directory."""
-    with tempfile.TemporaryDirectory(prefix="tb-") as directory, ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(3)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        feed, ingest, acked = (f"tcp://127.0.0.1:{each.getsockname()[1]}" for each in sockets)
-        held.close()
-        file = Path(directory) / "bench.toml"
-        file.write_text(
-            f'[bus]\ndata_dir = "{directory}/data"\n'
-            f'[listen]\nfeed = "{feed}"\ningest = "{ingest}"\nacked = ["{acked}", "ipc://{directory}/i.sock"]\n'
-        )
-        with Runtime(Config.load(file, environ={}), plugins=[("probe", probe)]) as runtime:
-            yield runtime
+def console() -> Console:
+    found = Console()
+    return found if found.is_terminal else Console(width=COLUMNS)
 
 
-def start(kind: str, endpoint: str, count: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "bench.producers", kind, endpoint, str(count)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
+class Progress:
+    """One line for each benchmark that is done; on a terminal also what runs now."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._status = console.status("") if console.is_terminal else None
+
+    def __call__(self, place: str, bench: str, found: plan.Figures | str) -> None:
+        if found == "":
+            if self._status is not None:
+                self._status.start()
+                self._status.update(f"round {place}  {bench}")
+            return
+        if self._status is not None:
+            self._status.stop()
+        said = found if isinstance(found, str) else self._said(found)
+        line = f"{place}  {bench:<24} {said}"
+        self._console.print(line, highlight=False, markup=False, soft_wrap=isinstance(found, str))
+
+    def _said(self, figures: plan.Figures) -> str:
+        """As many of the figures as fit into the line."""
+        out, room = "", COLUMNS - 32
+        for name, value in figures.items():
+            more = f"{name} {report.number(value)}  "
+            if len(out) + len(more) > room:
+                break
+            out += more
+        return out.rstrip()
 
 
-def wait_through(runtime: Runtime, count: int) -> None:
-    """Until `count` events are on the tape and every consumer has had them."""
-    pause = 0.002
-    while min(fence.cursor for fence in runtime.wiring.fences) < count:
-        time.sleep(pause)
+def everything(size: plan.Size, results: plan.Results) -> list[plan.Bench]:
+    """In the order in which they take their turns: what is compared runs side by side."""
+    return [
+        *throughput.BENCHES,
+        *throughput.others(results),
+        *latency.BENCHES,
+        *topologies.benches(size),
+        *query.benches(size),
+    ]
 
 
-def throughput(kind: str, producers: int, count: int) -> dict[str, Any]:
-    """Events a second from the first one on the tape to the last one through all plugins."""
-    with running(Probe()) as runtime:
-        listen = runtime.config.listen
-        endpoint = runtime.config.acked_endpoints[1] if kind == "publisher" else listen.ingest
-        total = producers * count
-        children = [start(kind, endpoint, count) for _ in range(producers)]
-        while runtime.tape.done_seq < 1000:
-            time.sleep(0.001)
-        first, begun, cpu = runtime.tape.done_seq, time.perf_counter(), time.process_time()
-        wait_through(runtime, total)
-        seconds, cpu = time.perf_counter() - begun, time.process_time() - cpu
-        if any(child.wait() for child in children):
-            sys.exit(f"bench: a {kind} producer failed")
-        stats = runtime.stats()
-        stored = sum(each["stored"] for each in stats["producers"] if each["source"] in ("bench", "unsequenced"))
-        if stored != total or stats["bus"]["unexplained"] or stats["bus"]["dropped"]:
-            sys.exit(f"bench: {stored} of {total} events stored, books {stats['bus']}")
-        return {
-            "events_per_s": round((total - first) / seconds),
-            "bus_cpu_us_per_event": round(cpu / (total - first) * 1e6, 2),
-            "rss_mb": round(stats["bus"]["rss_bytes"] / 1e6, 1),
-            "bytes_per_event": stats["store"].get("bytes_per_event"),
-        }
+@click.group(invoke_without_command=True)
+@click.option("--quick", "size", flag_value="quick", help="About a minute, for a first look.")
+@click.option("--full", "size", flag_value="full", help="More rounds and events, a tape of 50 million.")
+@click.option("--tiny", "size", flag_value="tiny", hidden=True)
+@click.option("--rounds", type=click.IntRange(1), help="How often each is repeated, in turn with the others.")
+@click.option("--events", type=click.IntRange(1000), help="Events of each throughput line.")
+@click.option("--only", multiple=True, metavar="NAME", help="Only those that begin with NAME or fit it; repeatable.")
+@click.option("--list", "listing", is_flag=True, help="Name all benchmarks and end.")
+@click.option("--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="Where the figures go.")
+@click.pass_context
+def main(
+    context: click.Context,
+    size: str | None,
+    rounds: int | None,
+    events: int | None,
+    only: tuple[str, ...],
+    listing: bool,
+    file: Path | None,
+) -> None:
+    """Measure, print the tables, write the figures to build/bench/latest.json.
+
+    Ends with 1 when a benchmark's answer was wrong.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    chosen = plan.SIZES[size or "default"]
+    chosen = replace(chosen, rounds=rounds or chosen.rounds, events=events or chosen.events)
+    results = plan.Results()
+    benches = plan.chosen(everything(chosen, results), only)
+    if listing:
+        for each in benches:
+            click.echo(f"{each.name:24} {each.what}")
+        return
+    if not benches:
+        raise click.UsageError(f"no benchmark is called {', '.join(only)}: --list names them")
+    out = console()
+    described = machine.described()
+    plan.run(benches, chosen, Progress(out), results)
+    whole = {**described, "size": chosen.name, "rounds": chosen.rounds, **results.as_json()}
+    file = file or BUILD / "latest.json"
+    save(whole, file)
+    out.print()
+    report.show(whole, out)
+    out.print(f"figures in {os.path.relpath(file)}", highlight=False, markup=False)
+    sys.exit(1 if results.wrong else 0)
 
 
-def latency(count: int) -> dict[str, Any]:
-    """Publish → plugin after the commit at 1,000 events a second, the cost of a call, and the idle bus."""
-    probe = Probe()
-    begun = time.perf_counter()
-    with running(probe) as runtime:
-        ready = time.perf_counter() - begun
-        probe.on = True
-        cpu, begun = time.process_time(), time.perf_counter()
-        child = start("paced", runtime.config.acked_endpoints[1], count)
-        while len(probe.seconds) < count:
-            time.sleep(0.05)
-        cpu_share = (time.process_time() - cpu) / (time.perf_counter() - begun)
-        ordered = sorted(probe.seconds[:count])
-        output, _ = child.communicate()
-        time.sleep(2.0)
-        cpu = time.process_time()
-        time.sleep(10.0)
-        idle = (time.process_time() - cpu) / 10.0
-        return {
-            "ready_s": round(ready, 3),
-            "publish_to_plugin_ms": [round(ordered[int(count * q)] * 1e3, 3) for q in (0.5, 0.99, 0.999)],
-            "publish_call_us": json.loads(output),
-            "cpu_percent_at_1000_per_s": round(cpu_share * 100, 1),
-            "cpu_percent_idle": round(idle * 100, 2),
-            "rss_mb_idle": round(runtime.stats()["bus"]["rss_bytes"] / 1e6, 1),
-        }
+def save(results: dict[str, Any], file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
 
 
-def main() -> None:
-    """Run everything, print the table, write the JSON file."""
-    parser = argparse.ArgumentParser(prog="python -m bench", description=main.__doc__)
-    parser.add_argument("--events", type=int, default=1_000_000, help="events of each throughput line")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    options = parser.parse_args()
-    results: dict[str, Any] = {
-        "machine": {"cpu": platform.machine(), "python": platform.python_version(), "system": platform.release()},
-        "versions": {name: version(name) for name in ("tapebus", "pyzmq", "msgspec", "lmdb", "pluggy")},
-        "throughput": {},
-    }
-    # the quiet figures first, before this process has grown under load
-    results["latency"] = latency(3000)
-    for name, value in results["latency"].items():
-        print(f"{name:46} {json.dumps(value)}")
-    for title, kind, producers in (
-        ("two Publishers, acknowledged, batches of 100", "publisher", 2),
-        ("plain PUSH, one MessagePack event a frame", "msgpack", 1),
-        ("plain PUSH, one JSON event a frame", "json", 1),
-    ):
-        found = throughput(kind, producers, options.events // producers)
-        results["throughput"][title] = found
-        print(f"{title:46} {found['events_per_s']:>9,} events/s   {found['bus_cpu_us_per_event']:.2f} µs CPU an event")
-    if options.json is not None:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
+def load(file: Path) -> dict[str, Any]:
+    results: dict[str, Any] = json.loads(file.read_text())
+    return results
+
+
+FILE = click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+
+
+@main.command()
+@FILE
+def show(file: Path) -> None:
+    """Print the tables of an earlier run."""
+    report.show(load(file), console())
+
+
+@main.command()
+@FILE
+@click.option("--to", type=click.Path(file_okay=False, path_type=Path), default=BUILD, help="Directory for the SVGs.")
+def plots(file: Path, to: Path) -> None:
+    """Draw a run as SVG files."""
+    from bench.plots import draw
+
+    for _, made in draw(load(file), to):
+        click.echo(os.path.relpath(made))
+
+
+@main.command()
+@FILE
+@click.option("--page", type=click.Path(exists=True, path_type=Path), default=PAGE, help="The page to write into.")
+def render(file: Path, page: Path) -> None:
+    """Write a run's tables and plots into docs/performance.md, between the markers."""
+    from bench.plots import draw
+
+    results = load(file)
+    made = draw(results, page.parent / "plots")
+    report.render(results, page, [(title, path.relative_to(page.parent).as_posix()) for title, path in made])
+    click.echo(os.path.relpath(page))
 
 
 if __name__ == "__main__":
-    main()
+    main(prog_name="python -m bench")

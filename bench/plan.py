@@ -90,6 +90,7 @@ class Results:
 
 UNITS = {
     "events_per_s": "events/s",
+    "mb_per_s": "MB/s",
     "us_per_event": "µs/event",
     "bytes_per_event": "B/event",
     "percent": "%",
@@ -108,7 +109,7 @@ def unit(name: str) -> str:
 
 def best(name: str, values: list[float]) -> float:
     """The highest rate, or else the lowest of what costs."""
-    return max(values) if name.endswith("events_per_s") else min(values)
+    return max(values) if name.endswith("_per_s") else min(values)
 
 
 def chosen(benches: Iterable[Bench], only: Iterable[str]) -> list[Bench]:

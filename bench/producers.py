@@ -1,11 +1,13 @@
 """The processes that send the events of a benchmark: ``python -m bench.producers LOAD``, `LOAD` a JSON object.
 
-Each prepares its events, says ``ready``, waits for a line on standard input, sends, and prints what it sent.
+Each prepares its events, says ``ready``, waits for a line on standard input, sends, says ``sent``, and prints what it
+sent. ``python -m bench.producers KIND ENDPOINT COUNT`` sends the mix at once.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import random
 import sys
 import time
@@ -38,6 +40,7 @@ class Load(msgspec.Struct):
     only: str = ""
     batch: int = 1
     padding: int = 0
+    at_once: bool = False
 
     def events(self) -> list[Event]:
         """The distinct events, of which `laps` makes all."""
@@ -57,10 +60,11 @@ def padded(seed: int, count: int, size: int) -> list[Event]:
     return [("user_action", {**who, "details": {"text": draw.randbytes(size // 2).hex()}}, None) for _ in range(count)]
 
 
-def begin() -> None:
+def begin(load: Load) -> None:
     """Tell that everything is prepared, and wait for the start."""
     print("ready", flush=True)
-    sys.stdin.readline()
+    if not load.at_once:
+        sys.stdin.readline()
 
 
 def done() -> None:
@@ -75,7 +79,7 @@ def publisher(load: Load) -> dict[str, Any]:
     events = load.events()
     pub = Publisher(load.source, load.endpoint)
     publish = pub.publish
-    begin()
+    begin(load)
     for sent, (event_type, data, correlation_id) in enumerate(laps(events, load.count), 1):
         publish(event_type, data, correlation_id)
         if sent % 1000 == 0:
@@ -103,7 +107,7 @@ def push(load: Load) -> dict[str, Any]:
         socket.setsockopt(zmq.LINGER, int(PATIENCE * 1000))
         socket.connect(load.endpoint)
         send = socket.send
-        begin()
+        begin(load)
         sent = lap = 0
         while sent < load.count:
             if lap:
@@ -149,7 +153,7 @@ def paced(load: Load) -> dict[str, Any]:
         pub.publish("user_action", {"user_id": "u", "action": "warm"})
         if not pub.flush(30.0):
             sys.exit("the publisher found no bus")
-        begin()
+        begin(load)
         spent = [0.0] * load.count
         start = time.perf_counter()
         for i in range(load.count):
@@ -178,7 +182,7 @@ def plain(load: Load) -> dict[str, Any]:
     """One event a millisecond through plain pyzmq to whoever binds, without a bus."""
     with zmq.Context() as context, context.socket(zmq.PUSH) as socket:
         socket.connect(load.endpoint)
-        begin()
+        begin(load)
         start = time.perf_counter()
         for i in range(load.count):
             wait = start + i * 0.001 - time.perf_counter()
@@ -193,5 +197,9 @@ def plain(load: Load) -> dict[str, Any]:
 KINDS = {"publisher": publisher, "msgpack": push, "json": push, "paced": paced, "plain": plain}
 
 if __name__ == "__main__":
-    wanted = msgspec.json.decode(sys.argv[1], type=Load)
+    if len(sys.argv) == 2:
+        wanted = msgspec.json.decode(sys.argv[1], type=Load)
+    else:
+        kind, endpoint, count = sys.argv[1:]
+        wanted = Load(kind, endpoint, int(count), f"bench-{os.getpid()}", seed=os.getpid(), at_once=True)
     print(json.dumps(KINDS[wanted.kind](wanted)), flush=True)

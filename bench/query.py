@@ -1,0 +1,92 @@
+"""The tape: bytes at rest of the mix, and what it takes to open a long one and to ask it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from bench.harness import Bus, Skipped, Wrong, drive, loads
+from bench.longtape import long_tape
+from bench.plan import Bench, Figures, Size
+
+from tapebus import Tape
+
+#: Seconds without a change after which what is still unsealed is taken for too little to seal.
+QUIET_S = 5.0
+PATIENCE_S = 120.0
+
+
+def rest(size: Size) -> Figures:
+    """The mix through the whole bus, then the tape as it lies there once upkeep has sealed and merged it."""
+    with Bus() as bus:
+        drive(bus, loads(bus, "publisher", 2, size.events))
+        store = sealed(bus)
+        return {
+            "bytes_per_event": store["bytes_per_event"],
+            "raw_bytes_per_event": store["raw_bytes"] / store["events"],
+            "index_bytes_per_event": store["index_bytes"] / store["events"],
+            "file_bytes_per_event": store["bytes_on_disk"] / store["events"],
+        }
+
+
+def sealed(bus: Bus) -> dict[str, float]:
+    """The figures of the store when upkeep has done what it can."""
+    deadline = changed = time.monotonic()
+    deadline += PATIENCE_S
+    store: dict[str, float] = {}
+    while time.monotonic() - changed < QUIET_S:
+        before, store = store, bus.ask("stats")["store"]
+        if store["blocks_hot"] == 0:
+            break
+        if before.get("blocks_hot") != store["blocks_hot"]:
+            changed = time.monotonic()
+        if changed > deadline:
+            raise Wrong(f"after {PATIENCE_S:.0f} s {store['blocks_hot']} blocks are not sealed")
+        time.sleep(0.2)
+    return store
+
+
+def ask(events: int) -> Callable[[Size], Figures]:
+    """Questions to a tape of `events` events, by a reader in this process; each answer is compared."""
+
+    def run(size: Size) -> Figures:
+        try:
+            from bench.reads import measure
+        except ImportError:
+            raise Skipped("bench/reads.py is missing") from None
+        path = long_tape(events)
+        try:
+            found = measure(path, events, size.queries)
+        except SystemExit as error:
+            raise Wrong(str(error)) from error
+        with Tape.open(path) as tape:
+            figures = {"bytes_per_event": tape.stats()["bytes_per_event"]}
+        for question, times in found.items():
+            for name, value in times.items():
+                figures[f"{plain(question)}_{name}_ms"] = value
+        with Bus(standing=0, data_dir=path) as bus:
+            figures["ready_s"] = bus.ready_s
+        return figures
+
+    return run
+
+
+def plain(question: str) -> str:
+    """A question as part of the name of a figure."""
+    return "_".join("".join(c if c.isalnum() else " " for c in question.replace(",", "")).split())
+
+
+def length(events: int) -> str:
+    """10_000_000 → ``10M``."""
+    return f"{events // 1_000_000}M" if events % 1_000_000 == 0 else f"{events // 1000}k"
+
+
+def benches(size: Size) -> list[Bench]:
+    """Bytes at rest, and the questions at each length that `size` names."""
+    return [
+        Bench("rest", "bytes an event of the mix takes once it is sealed", rest, rounds=False),
+        *(
+            Bench(f"query-{length(events)}", f"questions to a tape of {events:,} events", ask(events), rounds=False)
+            for events in size.tape
+        ),
+    ]
