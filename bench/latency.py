@@ -33,7 +33,7 @@ def through(deliver: str = "") -> Callable[[Size], Figures]:
     def run(size: Size) -> Figures:
         if deliver and not EARLY:
             raise Skipped("this version has no Consumer(deliver=…)")
-        probe = {"kind": "latency", "name": "probe", **({"deliver": deliver} if deliver else {})}
+        probe = {"kind": "latency", "name": "probe", **({"deliver": deliver, "mode": "thread"} if deliver else {})}
         with Bus([probe]) as bus:
             count = size.paced_events
             producer = Producer(Load("paced", bus.ipc, count, "bench-paced"))

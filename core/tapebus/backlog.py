@@ -24,7 +24,8 @@ class Backlog:
     """One giver, one taker. `load(after)` yields the items above a sequence number from the tape.
 
     With ``load=None`` (no store) `put` waits for room instead; with ``lossy`` it drops the oldest
-    and counts them in ``lost``.
+    and counts them in ``lost``. ``on_tape()`` is the last sequence number `load` can find, where
+    `put_early` hands over what is not there yet.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Backlog:
         load: Callable[[int], Iterator[Any]] | None,
         *,
         lossy: bool = False,
+        on_tape: Callable[[], int] | None = None,
     ) -> None:
         self._items: deque[Any] = deque()
         self._changed = threading.Condition(threading.Lock())
@@ -42,10 +44,11 @@ class Backlog:
         self._weight = 0
         self._load = load
         self._lossy = lossy
+        self._on_tape: Callable[[], int] = on_tape if on_tape is not None else lambda: self.last_seq
         self._from_tape: Iterator[Any] | None = None
         self._goal = cursor
         self.cursor = cursor
-        self.last_seq = last_seq
+        self.last_seq: int = last_seq
         self.lapped = load is not None and cursor < last_seq
         self.lost = 0
         self.closed = False
@@ -79,10 +82,23 @@ class Backlog:
                     self._weight += item.weight
             self._changed.notify()
 
+    def put_early(self, item: Any) -> bool:
+        """Hand over the next item before it is durable; False, and nothing done, where it is to be `put` after that."""
+        with self._changed:
+            if self.lapped or (self._load is not None and self._weight >= self._capacity):
+                return False
+        self.put(item)
+        return True
+
+    @property
+    def _ahead_of_tape(self) -> bool:
+        """Whether what comes next is to be read from the tape, and is not there yet."""
+        return self.lapped and self._from_tape is None and self._on_tape() <= self.cursor < self.last_seq
+
     def get(self, timeout: float | None) -> Any | None:
         """The next item, or None when there is none within `timeout` seconds or the queue is closed."""
         with self._changed:
-            if not self.lapped and not self._items and not self.closed and not self._woken:
+            if (self._ahead_of_tape if self.lapped else not self._items) and not self.closed and not self._woken:
                 self._changed.wait(timeout)
             self._woken = False
             if not self.lapped:
@@ -93,12 +109,14 @@ class Backlog:
                 self.cursor = item.last_seq
                 self._changed.notify()
                 return item
+            if self._ahead_of_tape:
+                return None
         return self._next_from_tape()
 
     def _next_from_tape(self) -> Any | None:
         assert self._load is not None
         if self._from_tape is None:
-            self._goal = self.last_seq
+            self._goal = min(self.last_seq, self._on_tape())
             self._from_tape = self._load(self.cursor)
         for item in self._from_tape:
             # sealing may merge blocks while they are read, so the same events can come again

@@ -71,6 +71,8 @@ class Consumer(msgspec.Struct, kw_only=True):
     is closed, to let the plugin write what changed in memory into ``context.state``.
     ``tick`` > 0 asks for ``on_tick(now)`` about every ``tick`` seconds on the consumer's own thread.
     ``start`` says where a consumer without a cursor begins: ``now`` or ``first`` (all of the tape).
+    ``deliver="early"``, for mode ``thread``, hands over events before they are on disk: a crash may erase what such a
+    consumer has seen, so it must not let anything outside know. ``durable`` waits for the disk.
     ``lanes`` lets HIGH and CRITICAL events overtake a backlog. ``capacity`` bounds the events queued
     for a thread; beyond it the consumer continues from the tape.
     A plugin that emits or keeps state registers consumers of one mode only.
@@ -80,6 +82,7 @@ class Consumer(msgspec.Struct, kw_only=True):
     topics: Sequence[str]
     handler: Callable[[Any], None]
     mode: Mode = "inline"
+    deliver: Literal["durable", "early"] = "durable"
     after: Sequence[str] = ()
     capacity: int = 65536
     start: Literal["now", "first"] = "now"

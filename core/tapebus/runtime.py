@@ -36,7 +36,7 @@ from tapebus.feed import Feed, bind
 from tapebus.fence import Fence
 from tapebus.judge import NAME as JUDGE
 from tapebus.judge import Judge
-from tapebus.outlets import ThreadConsumer
+from tapebus.outlets import EarlyConsumer, ThreadConsumer
 from tapebus.reaper import Reaper
 from tapebus.security import Rights, peers_of
 from tapebus.spool import default_directory
@@ -176,9 +176,12 @@ class Runtime:
         judge = Judge(self.codec.topics, self._begin(last_seq), self._tell_tape)
         cursors = [judge.cursor, *(fence.cursor for fence in self.wiring.inline)]
         self.threads = [
-            ThreadConsumer(fence, self.codec.copy(), self.store, last_seq, config.bus.max_batch, self._fail)
+            (EarlyConsumer if fence.consumer.deliver == "early" else ThreadConsumer)(
+                fence, self.codec.copy(), self.store, last_seq, config.bus.max_batch, self._fail
+            )
             for fence in self.wiring.threads
         ]
+        self.tape.early = [each for each in self.threads if isinstance(each, EarlyConsumer)]
         self.dispatcher = Dispatcher(
             self.codec,
             self.wiring.inline,
@@ -188,7 +191,7 @@ class Runtime:
             max_batch=config.bus.max_batch,
             judge=judge,
             fail=self._fail,
-            outlets=self.threads,
+            outlets=[each for each in self.threads if not isinstance(each, EarlyConsumer)],
         )
         self.tape.deliver = self.dispatcher.deliver
         self.statistics.watchdog = Watchdog(self, self._tell_tape, self._fail)

@@ -6,7 +6,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from tapebus._ingest import Ingest
 from tapebus._ring import Ring
@@ -33,6 +34,14 @@ REGAIN_S = 0.5
 FULL_ALERT = "store_full"
 
 
+class EarlyTaker(Protocol):
+    """A consumer of blocks that are not on disk yet; see `tapebus.outlets.EarlyConsumer`."""
+
+    def offer_early(self, block: Block) -> bool: ...
+
+    def settle(self, block: Block, taken: bool) -> None: ...
+
+
 class TapeWriter(threading.Thread):
     """The only writer of the store. Natural group commit: whatever arrived during a commit is the next one."""
 
@@ -51,6 +60,8 @@ class TapeWriter(threading.Thread):
         self.store = store
         #: Takes each block after its commit; set before the thread starts.
         self.deliver: Callable[[Block], None] = lambda block: None
+        #: Consumers that take each block before its commit; set before the thread starts.
+        self.early: Sequence[EarlyTaker] = ()
         self._fail = fail
         self._counters = counters
         self._alarm = alarm
@@ -108,6 +119,7 @@ class TapeWriter(threading.Thread):
             block, units, changed = packed
         elif not self._dead and not self._purge:
             return False
+        taken = [each.offer_early(block) for each in self.early] if block is not None else []
         if self.store is not None:
             failpoint("tape.packed")
             self._commit(block, units, changed)
@@ -120,6 +132,8 @@ class TapeWriter(threading.Thread):
         failpoint("tape.after_ack")
         if block is not None:
             self.deliver(block)
+            for each, already in zip(self.early, taken, strict=True):
+                each.settle(block, already)
             self.done_at = time.time()
             self.done_seq = block.last_seq
             failpoint("tape.after_deliver")

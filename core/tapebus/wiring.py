@@ -112,6 +112,9 @@ def rehearse(config: Config) -> None:
 def _check_modes(plugin: str, consumers: list[Consumer]) -> None:
     if len({consumer.mode for consumer in consumers}) > 1:
         raise PluginError(f"plugin {plugin!r} mixes consumer modes: its state and emitted events belong to one thread")
+    for consumer in consumers:
+        if consumer.deliver == "early" and (consumer.mode != "thread" or consumer.lanes):
+            raise PluginError(f"consumer {consumer.name!r}: deliver='early' needs mode='thread' and no lanes")
 
 
 def in_order(fences: list[Fence]) -> list[Fence]:
@@ -142,6 +145,7 @@ def figures(fence: Fence | ProcessConsumer, last_seq: int, lag_ms: float) -> dic
         "name": fence.consumer.name,
         "plugin": fence.plugin,
         "mode": fence.consumer.mode,
+        "deliver": fence.consumer.deliver,
         "cursor": fence.cursor,
         "lag_events": max(0, last_seq - fence.cursor),
         "lag_ms": round(lag_ms, 3),
