@@ -19,8 +19,8 @@ import msgspec
 import zmq
 from bench.load import DISTINCT, Event, digest_sent, envelope, laps, mix, renamed
 
-#: Events a producer keeps in flight at most, so that nothing is dropped for want of memory.
-WINDOW = 40_000
+#: Events, and bytes of text, a producer keeps in flight at most, so that nothing is dropped for want of memory.
+WINDOW, WINDOW_BYTES = 40_000, 8 << 20
 PATIENCE = 300.0
 
 
@@ -79,11 +79,13 @@ def publisher(load: Load) -> dict[str, Any]:
     events = load.events()
     pub = Publisher(load.source, load.endpoint)
     publish = pub.publish
+    window = min(WINDOW, WINDOW_BYTES // max(load.padding, 1))
+    look = min(1000, window // 4)
     begin(load)
     for sent, (event_type, data, correlation_id) in enumerate(laps(events, load.count), 1):
         publish(event_type, data, correlation_id)
-        if sent % 1000 == 0:
-            while pub.stats()["in_flight"] > WINDOW:
+        if sent % look == 0:
+            while pub.stats()["in_flight"] > window:
                 pub.flush(0.002)
     acknowledged = pub.flush(PATIENCE)
     stats = pub.stats()
