@@ -12,31 +12,24 @@ import json
 import os
 import platform
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from bench import stages
-from bench.load import standing_signals
-
-from tapebus import Config, Publisher
-from tapebus.control import request
-from tapebus.errors import TapebusError
+from bench.harness import STANDING, Bus, Producer, loads
+from bench.throughput import PRODUCERS
 
 OUT = Path("build/profile")
-#: Signals that stay open during the whole run.
-OPEN_SIGNALS = 200
 #: Samples a second: perf looks on from outside, py-spy stops the process for each one.
 PERF_HZ, SPY_HZ = 997, 100
-WARM_S = 2.0
+WARM_EVENTS, WARM_S = 50_000, 2.0
+#: More than is ever sent.
 MANY = 1_000_000_000
 HINT = {
     "perf": "perf is missing or not permitted: apt-get install linux-perf, and kernel.perf_event_paranoid <= 1 or root",
@@ -44,71 +37,28 @@ HINT = {
 }
 
 
-class Load:
-    """A running bus and its producers."""
-
-    def __init__(self, directory: Path, kind: str) -> None:
-        with ExitStack() as held:
-            sockets = [held.enter_context(socket.socket()) for _ in range(2)]
-            for each in sockets:
-                each.bind(("127.0.0.1", 0))
-            feed, ingest = (f"tcp://127.0.0.1:{each.getsockname()[1]}" for each in sockets)
-        acked = f"ipc://{directory}/i.sock"
-        file = directory / "profile.toml"
-        file.write_text(
-            f'[bus]\ndata_dir = "{directory}/data"\n'
-            f'[listen]\nfeed = "{feed}"\ningest = "{ingest}"\nacked = ["{acked}"]\n'
-        )
-        self.config = Config.load(file, environ={})
-        self.bus = subprocess.Popen([sys.executable, "-m", "tapebus", "run", "--config", str(file)])
-        self._wait_for_bus()
-        with Publisher("profile", acked) as publisher:
-            for event_type, data, correlation_id in standing_signals(OPEN_SIGNALS):
-                publisher.publish(event_type, data, correlation_id)
-            publisher.flush(10.0)
-        endpoint, count = (acked, 2) if kind == "publisher" else (ingest, 1)
-        command = [sys.executable, "-m", "bench.producers", kind, endpoint, str(MANY)]
-        self.producers = [subprocess.Popen(command) for _ in range(count)]
-
-    def stored(self) -> int:
-        """Events on the tape; fails when the bus or a producer has ended."""
-        for name, each in (("the bus", self.bus), *(("a producer", each) for each in self.producers)):
-            if each.poll() is not None:
-                sys.exit(f"profile: {name} ended early, with code {each.returncode}")
-        return int(request(self.config, {"cmd": "stats"}, timeout=10.0)["bus"]["last_seq"])
-
-    def _wait_for_bus(self) -> None:
-        while self.bus.poll() is None:
-            try:
-                request(self.config, {"cmd": "stats"}, timeout=1.0)
-                return
-            except TapebusError:
-                time.sleep(0.05)
-        sys.exit("profile: the bus did not start")
-
-    def wait_until_warm(self) -> None:
-        while self.stored() < 50_000:
-            time.sleep(0.05)
-        time.sleep(WARM_S)
-
-    def end(self) -> None:
-        for each in self.producers:
-            each.kill()
-        self.bus.send_signal(signal.SIGTERM)
-        for each in (*self.producers, self.bus):
-            each.wait()
-
-
 @contextmanager
-def loaded(kind: str) -> Iterator[Load]:
-    """A bus under the load of producers of `kind`, on a tape of its own."""
-    with tempfile.TemporaryDirectory(prefix="tb-") as directory:
-        load = Load(Path(directory), kind)
+def loaded(kind: str) -> Iterator[tuple[Bus, list[Producer]]]:
+    """A bus under a load that ends with the block, warm."""
+    with Bus() as bus:
+        producers = [Producer(load) for load in loads(bus, kind, PRODUCERS[kind], MANY)]
         try:
-            load.wait_until_warm()
-            yield load
+            for each in producers:
+                each.ready()
+            for each in producers:
+                each.say("go")
+            while stored(bus) < WARM_EVENTS:
+                time.sleep(0.05)
+            time.sleep(WARM_S)
+            yield bus, producers
         finally:
-            load.end()
+            for each in producers:
+                each.kill()
+
+
+def stored(bus: Bus) -> int:
+    """How many events are on the tape."""
+    return int(bus.ask("stats")["bus"]["last_seq"])
 
 
 def cpu_of(pid: int) -> dict[int, tuple[str, int]]:
@@ -194,25 +144,24 @@ def spent_between(before: dict[int, tuple[str, int]], after: dict[int, tuple[str
 
 def measure(kind: str, seconds: float) -> dict[str, Any]:
     """Run everything and return the account."""
-    with loaded(kind) as load:
-        pids = [load.bus.pid, load.producers[0].pid]
-        everyone = [load.bus.pid, *(each.pid for each in load.producers)]
-        first, begun = load.stored(), time.perf_counter()
-        before = {pid: cpu_of(pid) for pid in everyone}
+    with loaded(kind) as (bus, producers):
+        pids = [bus.process.pid, producers[0].process.pid]
+        first, begun = stored(bus), time.perf_counter()
+        before = [cpu_of(pid) for pid in pids]
         recorded = under_perf(pids, seconds)
-        events, after = load.stored() - first, {pid: cpu_of(pid) for pid in everyone}
+        events, after = stored(bus) - first, [cpu_of(pid) for pid in pids]
         took = time.perf_counter() - begun
-        bus_stacks = under_spy(load.bus.pid, seconds, "stacks-bus.raw")
-        producer_stacks = under_spy(load.producers[0].pid, seconds / 2, "stacks-producer.raw")
+        bus_stacks = under_spy(pids[0], seconds, "stacks-bus.raw")
+        producer_stacks = under_spy(pids[1], seconds / 2, "stacks-producer.raw")
         if bus_stacks:
-            under_spy(load.bus.pid, seconds / 2, "flame.svg", "flamegraph")
+            under_spy(pids[0], seconds / 2, "flame.svg", "flamegraph")
     samples = perf_samples() if recorded else {}
-    spent = {pid: spent_between(before[pid], after[pid]) for pid in everyone}
+    spent = [spent_between(*each) for each in zip(before, after, strict=True)]
     # producers are alike: the first one stands for all, with its share of the events
-    share = events // len(load.producers)
+    share = events // PRODUCERS[kind]
     return {
         "load": kind,
-        "open_signals": OPEN_SIGNALS,
+        "open_signals": STANDING,
         "seconds": round(took, 1),
         "events": events,
         "events_per_s": round(events / took),
@@ -220,8 +169,8 @@ def measure(kind: str, seconds: float) -> dict[str, Any]:
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, Linux {platform.release()}",
         "by": ["perf"] * recorded + ["py-spy"] * bool(bus_stacks),
         "processes": [
-            process_account("bus", spent[load.bus.pid], events, samples, bus_stacks),
-            process_account("producer", spent[load.producers[0].pid], share, samples, producer_stacks),
+            process_account("bus", spent[0], events, samples, bus_stacks),
+            process_account("producer", spent[1], share, samples, producer_stacks),
         ],
     }
 
