@@ -38,7 +38,8 @@ _NotNegative = Annotated[float, Meta(ge=0)]
 class Bus(Struct, frozen=True, forbid_unknown_fields=True):
     """``[bus]``: durations are seconds, ``ring_bytes`` is bytes, ``max_batch`` events per unit of work.
 
-    ``memory_limit_mb`` bounds the memory of the whole process as a last resort, 0 does not.
+    A commit begins no sooner than ``commit_interval_ms`` after the one before; 0 commits whatever has arrived as soon
+    as the last commit is done. ``memory_limit_mb`` bounds the memory of the whole process as a last resort, 0 does not.
     ``unknown_types`` says what becomes of an event type nobody registered; ``stats_s`` 0 turns the
     periodic log line off. ``start_s`` bounds each step of a plugin's start. A bus whose inline consumer stands
     still for ``hang_exit_s`` ends, to be started again without it; 0 never.
@@ -49,6 +50,7 @@ class Bus(Struct, frozen=True, forbid_unknown_fields=True):
     ring_entries: Annotated[int, Meta(ge=1024, le=1 << 24)] = 65536
     ring_bytes: Annotated[int, Meta(ge=1 << 20, le=1 << 36)] = 64 * 1024 * 1024
     max_batch: Annotated[int, Meta(ge=1, le=65536)] = 1024
+    commit_interval_ms: Annotated[float, Meta(ge=0, le=100)] = 0.0
     heartbeat_s: _Positive = 30.0
     stats_s: _NotNegative = 60.0
     drain_s: Annotated[float, Meta(ge=0, le=3600)] = 5.0

@@ -169,7 +169,13 @@ class Runtime:
         config = self.config
         self.statistics = Statistics(self)
         self.tape = TapeWriter(
-            self.ring, self.ingest, self.store, self._fail, self.statistics.durable_counters, self.alarm
+            self.ring,
+            self.ingest,
+            self.store,
+            self._fail,
+            self.statistics.durable_counters,
+            self.alarm,
+            config.bus.commit_interval_ms / 1e3,
         )
         self.wiring = Wiring(self.manager, config, self.ring, self.store)
         restore(self.store, self.wiring.inline, self._tell_tape)

@@ -43,7 +43,11 @@ class EarlyTaker(Protocol):
 
 
 class TapeWriter(threading.Thread):
-    """The only writer of the store. Natural group commit: whatever arrived during a commit is the next one."""
+    """The only writer of the store. Natural group commit: whatever arrived during a commit is the next one.
+
+    With an `interval` (seconds) a commit begins no sooner than that after the one before, unless a whole block has
+    arrived: fewer commits for less processor time, each event waiting half of it on average.
+    """
 
     def __init__(
         self,
@@ -53,8 +57,11 @@ class TapeWriter(threading.Thread):
         fail: Callable[[BaseException], None],
         counters: Callable[[], dict[str, int]],
         alarm: Callable[..., None],
+        interval: float = 0.0,
     ) -> None:
         super().__init__(name="tapebus-tape", daemon=True)
+        self.interval = interval
+        self._begun_at = float("-inf")
         self.ring = ring
         self.ingest = ingest
         self.store = store
@@ -101,6 +108,7 @@ class TapeWriter(threading.Thread):
         show_name()
         try:
             while not (self.ring.stopped and not self._dead and not self._purge):
+                self._gather()
                 if not self._step():
                     self._upkeep()
                     self._look_for_room()
@@ -109,6 +117,15 @@ class TapeWriter(threading.Thread):
                         self.ring.wait(int(max(1.0, (due - time.monotonic()) * 1e3)))
         except BaseException as error:
             self._fail(error)
+
+    def _gather(self) -> None:
+        """Let more arrive until the next commit may begin. Bounded by the interval, so a stop need not wake it."""
+        left = self._begun_at + self.interval - time.monotonic() if self.interval else 0.0
+        if left <= 0:
+            return
+        entries, size = self.ring.fill
+        if entries < MAX_BLOCK_EVENTS and size < MAX_BLOCK_BYTES and not self.ring.stopped:
+            time.sleep(left)
 
     def _step(self) -> bool:
         packed = self.ring.pack(MAX_BLOCK_BYTES, MAX_BLOCK_EVENTS)
@@ -144,19 +161,20 @@ class TapeWriter(threading.Thread):
 
     def _commit(self, block: Block | None, units: list[Unit], changed: list[int]) -> None:
         assert self.store is not None
+        self._begun_at = time.monotonic()
         # before the letters that take their place: those were buried first, so that they go into the same commit
         settled = [number for _ in range(len(self._purge)) for number in self._purge.popleft()]
         dead = [self._dead.popleft() for _ in range(len(self._dead))]
         self._dead_bytes = 0
         dead += [letter for unit in units for letter in unit.dead]
-        counters = self._counters()
+        counters, topics = self._counters(), self.ring.topics
         commit = Commit(
             [block] if block is not None else [],
             [self.ring.account(index) for index in changed],
             units,
             dead,
-            self.ring.topics.after(self._topics_done),
-            counters if counters != self._counters_done else {},
+            topics.after(self._topics_done) if len(topics) > self._topics_done else {},
+            self._changed(counters) if counters is not self._counters_done else {},
             [*settled, *(number for unit in units for number in unit.settled)],
         )
         while True:
@@ -171,6 +189,9 @@ class TapeWriter(threading.Thread):
         self._topics_done += len(commit.topics)
         self._counters_done = counters
         self.commits += 1
+
+    def _changed(self, counters: dict[str, int]) -> dict[str, int]:
+        return {name: count for name, count in counters.items() if self._counters_done.get(name) != count}
 
     def _pause(self, error: StoreFull) -> None:
         if not self.stuck:
