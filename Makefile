@@ -43,7 +43,7 @@ format: $(VENV)/.lint
 	@$(BIN)/ruff check --quiet --fix .
 	@$(BIN)/ruff format .
 
-bench: $(VENV)/.built $(VENV)/.bench
+bench: $(VENV)/.built $(VENV)/.bench $(VENV)/.peers
 	@$(BIN)/python -m bench $(ARGS)
 
 # Where the CPU time of an event goes, and the C of each line of the compiled modules: build/profile.
@@ -107,4 +107,11 @@ $(VENV)/.built: $(BIN)/python pyproject.toml setup.py $(SOURCES)
 $(VENV)/.test $(VENV)/.lint $(VENV)/.bench $(VENV)/.profile: $(VENV)/.%: $(BIN)/python pyproject.toml
 	@$(GROUP) $* >$@.txt
 	@$(PIP) --requirement $@.txt
+	@touch $@
+
+# What the benchmark compares with, each by itself: one that is not to be had on this machine is skipped in the table.
+$(VENV)/.peers: $(BIN)/python pyproject.toml
+	@{ $(GROUP) peers; $(GROUP) peers-alone | sed 's/$$/ --no-deps/'; } | while read -r each; do \
+	$(PIP) --only-binary :all: $$each </dev/null 2>$@.log || \
+	echo "tapebus: $$each cannot be installed here, the benchmark leaves it out ($@.log)" >&2; done
 	@touch $@
