@@ -91,8 +91,9 @@ def divided(above: list[float], below: list[float]) -> list[float]:
 
 
 def of_floors(repetitions: Repetitions) -> list[float]:
-    """Ours ÷ the lowest of the floors that were run."""
-    floors = [v for name, v in repetitions.items() if name.startswith("floor:") and name.endswith(".events_per_s")]
+    """Ours ÷ the lowest of the floors of this way in that were run."""
+    begin, end = "floor:publisher-", ".events_per_s"
+    floors = [v for name, v in repetitions.items() if name.startswith(begin) and name.endswith(end)]
     if not floors:
         return []
     return divided(repetitions.get("publisher.events_per_s", []), min(floors, key=median))

@@ -15,7 +15,18 @@ from tapebus_schema import event_types
 #: Seconds without an event after which the rest counts as lost.
 PATIENCE_S = 20.0
 
-__all__ = ["Kind", "Ledger", "Peer", "Skipped", "Wrong", "check_handlers", "decoder", "list_decoder", "percentiles"]
+__all__ = [
+    "Kind",
+    "Ledger",
+    "Peer",
+    "Skipped",
+    "Wrong",
+    "check_handlers",
+    "decoder",
+    "list_decoder",
+    "percentiles",
+    "union",
+]
 
 Kind = Literal["durable", "memory", "in-process"]
 
@@ -43,15 +54,19 @@ class Peer:
         raise NotImplementedError
 
 
+def union() -> Any:
+    """The typed classes of our schema plugin, into which the bus decodes."""
+    return Registry(event_types({})).union()
+
+
 def decoder() -> Any:
-    """Decodes one MessagePack event into the typed classes of our schema plugin, as the bus does."""
-    return msgspec.msgpack.Decoder(Registry(event_types({})).union()).decode
+    """Decodes one MessagePack event."""
+    return msgspec.msgpack.Decoder(union()).decode
 
 
 def list_decoder() -> Any:
     """Decodes a MessagePack array of events in one call."""
-    union: Any = Registry(event_types({})).union()
-    return msgspec.msgpack.Decoder(list[union]).decode
+    return msgspec.msgpack.Decoder(list[union()]).decode  # type: ignore[misc]
 
 
 class _Envelope(msgspec.Struct):
