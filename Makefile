@@ -1,4 +1,4 @@
-# make demo · make test · make faults · make sabotage · make build · make lint · make bench · make profile · make asan · make wheel · make lock · make clean
+# make demo · make test · make faults · make sabotage · make build · make lint · make bench · make bench-micro · make guard · make profile · make asan · make wheel · make lock · make clean
 # PYTHON=/path/to/python3.13 chooses another interpreter than the first suitable one on PATH.
 
 VENV    := .venv
@@ -14,7 +14,7 @@ COMPILED := ring scan blocks outbox ingest security decode codec
 
 export PIP_ROOT_USER_ACTION := ignore
 
-.PHONY: demo test faults sabotage build lint format bench profile asan wheel lock lock-check clean
+.PHONY: demo test faults sabotage build lint format bench bench-micro guard profile asan wheel lock lock-check clean
 
 demo: $(VENV)/.built
 	@$(BIN)/tapebus demo
@@ -45,6 +45,15 @@ format: $(VENV)/.lint
 
 bench: $(VENV)/.built $(VENV)/.bench $(VENV)/.peers
 	@$(BIN)/python -m bench $(ARGS)
+
+# The time of each stage of an event's path, alone on one thread.
+bench-micro: $(VENV)/.built $(VENV)/.test $(VENV)/.bench
+	@$(BIN)/python -m pytest -q -p no:cacheprovider --timeout 600 --benchmark-columns=min,median,rounds \
+	--benchmark-sort=name $(or $(ARGS),bench/micro)
+
+# Instructions an event costs, stage by stage, against bench/budget.toml; ARGS=--record renews that.
+guard: $(VENV)/.built
+	@$(BIN)/python -m bench.guard $(ARGS)
 
 # Where the CPU time of an event goes, and the C of each line of the compiled modules: build/profile.
 profile: $(VENV)/.built $(VENV)/.bench $(VENV)/.profile
