@@ -226,7 +226,7 @@ def test_a_target_is_judged_by_the_median_and_a_ratio_round_by_round() -> None:
             "peer:Redis Streams (AOF everysec).events_per_s": [50_000.0, 100_000.0, 50_000.0],
             "floor:publisher-decode.events_per_s": [2_000_000.0] * 3,
             "floor:publisher-commit.events_per_s": [1_000_000.0] * 3,
-                "floor:json-decode.events_per_s": [500_000.0] * 3,
+            "floor:json-decode.events_per_s": [500_000.0] * 3,
             "idle.cpu_percent": [0.1],
         }
     )
