@@ -161,7 +161,9 @@ class Dispatcher(threading.Thread):
         for start in range(0, view.count, self._max_batch):
             # a call each, so that the events of one are freed, still warm, before the next are made
             self._dispatch_piece(view, start, min(start + self._max_batch, view.count), block.urgent > 0)
-        self.judge.close_unit()
+        for each in self._units:
+            # once a block: what a burst changes again and again is written down once
+            each.close_unit()
 
     def _dispatch_piece(self, view: BlockView, start: int, stop: int, urgent: bool) -> None:
         self.doing.begin("rules of event types")
@@ -180,7 +182,7 @@ class Dispatcher(threading.Thread):
         for fence, wanted in zip(self.fences, lists, strict=False):
             # without a store there is nothing to catch up from: such a consumer goes on with what comes
             if (fence.cursor + 1 >= first or self.store is None) and fence.ready:
-                fence.offer(wanted, last)
+                fence.offer(wanted, last, close=False)
 
     def _with_quarantined(self, piece: Slice, faults: list[Fault]) -> Slice:
         """What the feed repeats: also the events that break a rule and are only kept from consumers."""

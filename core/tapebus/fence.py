@@ -186,8 +186,11 @@ class Fence:
         """Whether events may be offered now; moves an open breaker to half-open when its time has come."""
         return self.breaker.ready
 
-    def offer(self, events: list[Event], last_seq: int) -> None:
-        """Deliver the `events` above the cursor, then move the cursor to `last_seq`, or to where the breaker opened."""
+    def offer(self, events: list[Event], last_seq: int, *, close: bool = True) -> None:
+        """Deliver the `events` above the cursor, then move the cursor to `last_seq`, or to where the breaker opened.
+
+        With ``close=False`` the caller closes the unit of work, after the next ones.
+        """
         if self.cursor >= last_seq:
             return
         if events and (self.ahead or events[0].bus_seq <= self.cursor):
@@ -198,7 +201,8 @@ class Fence:
         self.cursor = max(self.cursor, last_seq)
         if self.ahead:
             self.ahead = {seq for seq in self.ahead if seq > last_seq}
-        self.close_unit()
+        if close:
+            self.close_unit()
 
     def offer_ahead(self, events: list[Event]) -> None:
         """Deliver urgent events that overtake the backlog; they are remembered until the cursor passes them."""

@@ -1,10 +1,12 @@
 """The open signals of one symbol, arranged so that a quote which changes nothing costs almost nothing.
 
-Two ideas carry the cost:
+Three ideas carry the cost:
 
 * *Box.* ``bid_low..bid_high`` and ``ask_low..ask_high`` span the quotes since the last signal was
   opened (the segment). No level of an open signal lies inside, for it would have been hit by
   the quote that widened the box, so a quote inside the box can neither hit a level nor set an extreme.
+* *Clearance.* Between the nearest levels, which the tops of the heaps give, a quote that leaves the box reaches none
+  of them: it widens the box, and that is all.
 * *Suffix extremes.* When a signal is opened the finished segment is folded into four monotonic
   stacks keyed by the quote count at its start. The extreme since any signal's start is the first
   stack entry at or after it, combined with the running segment: a bisect at close, nothing per quote.
@@ -97,8 +99,12 @@ class Book:
     """
 
     __slots__ = (
+        "ask_ceiling",
+        "ask_floor",
         "ask_high",
         "ask_low",
+        "bid_ceiling",
+        "bid_floor",
         "bid_high",
         "bid_low",
         "count",
@@ -128,7 +134,16 @@ class Book:
         #: Order: highest bid, lowest bid, highest ask, lowest ask.
         self.stacks = (Extremes(), Extremes(), Extremes(), Extremes())
         self.stacks_changed = False
+        self._clear()
         self._idle()
+
+    def _clear(self) -> None:
+        """Note how far bid and ask may go without reaching a level: stops of BUY, of SELL, targets of BUY, of SELL."""
+        buy_stops, sell_stops, buy_targets, sell_targets = self.heaps
+        self.bid_floor = -buy_stops[0][0] if buy_stops else -INF
+        self.ask_ceiling = sell_stops[0][0] if sell_stops else INF
+        self.bid_ceiling = buy_targets[0][0] if buy_targets else INF
+        self.ask_floor = -sell_targets[0][0] if sell_targets else -INF
 
     def _idle(self) -> None:
         """Nothing is open: every quote is inside the box."""
@@ -160,6 +175,21 @@ class Book:
             heappush(self.heaps[stop], (-signal.sl if signal.buy else signal.sl, signal.order, signal))
         if signal.tp is not None:
             heappush(self.heaps[target], (signal.tp if signal.buy else -signal.tp, signal.order, signal))
+        self._clear()
+
+    def stretch(self, bid: float, ask: float) -> bool:
+        """Take a good quote that reaches no level into the running segment; False where it may reach one."""
+        if self.pending or not (self.bid_floor < bid < self.bid_ceiling and self.ask_floor < ask < self.ask_ceiling):
+            return False
+        if bid < self.bid_low:
+            self.bid_low = bid
+        if bid > self.bid_high:
+            self.bid_high = bid
+        if ask < self.ask_low:
+            self.ask_low = ask
+        if ask > self.ask_high:
+            self.ask_high = ask
+        return True
 
     def widen(self, bid: float, ask: float) -> None:
         """Take a good quote into the running segment."""
@@ -182,6 +212,7 @@ class Book:
                 signal = heappop(heap)[2]
                 if signal.live:
                     found.append((signal, index > 1))
+        self._clear()
         return found
 
     def extremes(self, signal: Signal) -> tuple[float, float]:
@@ -204,12 +235,14 @@ class Book:
             self.pending.clear()
             self.stacks_changed = True
             self.saved_quotes = -1
+            self._clear()
             self._idle()
             return
         for heap in self.heaps:
             if len(heap) > 2 * self.count + 64:
                 heap[:] = [level for level in heap if level[2].live]
                 heapify(heap)
+        self._clear()
 
     def saved(self) -> Saved:
         box = (self.bid_low, self.bid_high, self.ask_low, self.ask_high)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -105,6 +106,7 @@ class Symbols:
         return self._found.get(name) or _default(name)
 
 
+@lru_cache(4096)
 def _default(name: str) -> Symbol:
     upper = name.upper()
     known = _KNOWN.get(upper) or _KNOWN.get(upper[:6])

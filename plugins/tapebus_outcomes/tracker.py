@@ -72,25 +72,28 @@ class Tracker:
     # -- events ---------------------------------------------------------------------------------
 
     def handle(self, batch: Any) -> None:
-        """Take one batch. A quote inside its book's box is done after a few comparisons."""
+        """Take one batch. A quote that reaches no level of its book is done after a few comparisons."""
         books_get = self.books.get
         quote_class = self._quote_class
         deadline = self._deadline
         for event in batch:
-            if type(event) is quote_class:
+            if type(event) is quote_class and event.timestamp < deadline:
                 data = event.data
-                time = event.timestamp
-                if time < deadline:
-                    book = books_get(data.symbol)
-                    if book is None:
-                        continue
-                    bid = data.bid
-                    ask = data.ask
-                    if book.bid_low <= bid <= book.bid_high and book.ask_low <= ask <= book.ask_high and bid <= ask:
-                        book.quotes += 1
-                        book.time = time
-                        book.last = data
-                        continue
+                book = books_get(data.symbol)
+                if book is None:
+                    continue
+                bid = data.bid
+                ask = data.ask
+                # single comparisons: the interpreter has fast ones for these, not for chained ones
+                if bid < book.bid_low or bid > book.bid_high or ask < book.ask_low or ask > book.ask_high or bid > ask:
+                    known = 0 < bid <= ask < INF and book.stretch(bid, ask)
+                else:
+                    known = True
+                if known:
+                    book.quotes += 1
+                    book.time = event.timestamp
+                    book.last = data
+                    continue
             self._take(event)
             quote_class = self._quote_class
             deadline = self._deadline

@@ -61,7 +61,7 @@ class Engine:
     def __init__(self, context: Context) -> None:
         self.context = context
         self.config = configuration.load(context.config)
-        self.quotes: dict[str, tuple[float, float, float]] = {}
+        self.quotes: dict[str, Quote] = {}
         self.tables: dict[str, SlotTable] = {}
         self.users: dict[str, str] = dict(self.config.accounts)
         self.kill_switch = context.state.get(_SWITCH) == b"on"
@@ -113,7 +113,9 @@ class Engine:
     def _read_quotes(self) -> None:
         """Take the new quotes over; an event is not kept, for it keeps its whole batch in memory."""
         for symbol, event in self._new_quotes.items():
-            self.quotes[symbol] = (event.data.bid, event.data.ask, event.timestamp)
+            data = event.data
+            if data.bid is not None and data.ask is not None:
+                self.quotes[symbol] = Quote(data.bid, data.ask, event.timestamp)
         self._new_quotes.clear()
 
     def on_signal(self, event: Any) -> None:
@@ -131,7 +133,8 @@ class Engine:
             pattern=_get(data, "pattern_type", "pattern"),
             at=event.timestamp,
         )
-        verdict = evaluate(signal, _account(table), self._view(table), self._quotes(), config)
+        self._read_quotes()
+        verdict = evaluate(signal, _account(table), self._view(table), self.quotes, config)
         self.verdicts += 1
         self.context.emit(
             "gate_verdict",
@@ -364,14 +367,6 @@ class Engine:
     def _balance(self, table: SlotTable, account: str | None, balance: float, equity: float | None) -> None:
         name = account or next(iter(table.accounts), "")
         table.balance(name, balance, equity, self.config_of(table.user_id).balance_jump)
-
-    def _quotes(self) -> dict[str, Quote]:
-        self._read_quotes()
-        return {
-            symbol: Quote(bid, ask, at)
-            for symbol, (bid, ask, at) in self.quotes.items()
-            if bid is not None and ask is not None
-        }
 
     def _view(self, table: SlotTable) -> SlotView:
         held: dict[str, set[str]] = {}
