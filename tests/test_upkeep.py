@@ -17,7 +17,7 @@ from tapebus.tapewriter import rest_after
 from tapebus_store.upkeep import MERGE_RUNS, SPARE_BLOCKS
 
 sys.path.insert(0, str(Path(__file__).parent))
-from store_support import block, fill, open_store, upkeep
+from store_support import block, fill, open_store, raws, upkeep
 
 
 @pytest.fixture
@@ -100,4 +100,63 @@ def test_every_event_keeps_its_time_of_reception_whatever_the_clock_did(tmp_path
     spans = [(each.min_received, each.max_received) for each in store.blocks()]
     for view, span in zip(views, spans, strict=True):
         assert span == (view.received_at(view.first_seq), view.received_at(view.first_seq + view.count - 1))
+    store.close()
+
+
+def stored(store: tapebus_store.LmdbStore) -> dict[bytes, bytes]:
+    with store._env.reading() as txn, txn.cursor(store._env.dbs["blocks"]) as cursor:
+        return {bytes(key): bytes(value) for key, value in cursor}
+
+
+def test_large_blocks_count_as_sealed_as_they_are_and_small_ones_beside_them_are_sealed(tmp_path: Path) -> None:
+    store = open_store(tmp_path, seal_events=20)
+    made = fill(store, 3, per_block=10) + fill(store, 8, per_block=4) + fill(store, 2, per_block=30)
+    before = stored(store)
+    upkeep(store)
+    after, stats = stored(store), store.stats()
+    kept = [layout_key(each.first_seq) for each in (*made[:3], *made[-2:])]
+    assert {key: after.get(key) for key in kept} == {key: before[key] for key in kept}
+    assert (stats["blocks_sealed"], stats["blocks_hot"], len(after)) == (7, 0, 7)
+    assert raws(store.blocks()) == raws(made)
+    assert store._tape_record.sealed_to == store.last_seq()
+    hits = [each.first_seq + o for each, offsets in store.blocks_of("c3") for o in offsets]
+    assert hits == [seq for seq in range(1, store.last_seq() + 1) if seq % 7 == 3]
+    store.close()
+
+
+def layout_key(seq: int) -> bytes:
+    return tapebus_store.layout.seq_key(seq)
+
+
+def test_many_blocks_are_read_in_parts_with_room_for_commits_between(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tapebus_store.upkeep, "READ_BLOCKS", 10)
+    store = open_store(tmp_path, seal_events=50)
+    made = fill(store, 60, per_block=1)
+    store.maintain(0.0)
+    blocks = []
+    for _ in range(6):
+        before = store._tape_record.txn
+        assert store.maintain(0.0) >= (1.0 if not blocks else 0.0)
+        blocks.append((store._tape_record.txn > before, store.stats()["blocks_sealed"]))
+        made += fill(store, 1, per_block=1)
+    assert blocks == [(False, 0)] * 5 + [(True, 1)]
+    assert raws(store.blocks()) == raws(made)
+    store.close()
+
+
+def test_what_was_read_for_sealing_is_forgotten_when_retention_removes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tapebus_store.upkeep, "READ_BLOCKS", 10)
+    store = open_store(tmp_path, seal_events=50, max_events=65)
+    made = fill(store, 60, per_block=1)
+    store.maintain(0.0)
+    assert store.maintain(0.0) and store.stats()["blocks_sealed"] == 0
+    made += fill(store, 30, per_block=1)
+    upkeep(store, 0.0)
+    stats = store.stats()
+    assert stats["first_seq"] > 10 and stats["blocks_sealed"] == 1
+    assert raws(store.blocks(stats["first_seq"] - 1)) == raws(made)[stats["first_seq"] - 1 :]
     store.close()

@@ -25,6 +25,10 @@ Put = Callable[[lmdb.Transaction, str, bytes, bytes], None]
 
 #: So many one-event blocks are merged even before ``seal_events`` is reached: reading them costs.
 MAX_HOT_BLOCKS = 1024
+#: Blocks are read for sealing so many at a time, with room for commits in between.
+READ_BLOCKS = 256
+#: So many large blocks are declared sealed at once.
+ADOPT_BLOCKS = 64
 #: So many blocks that sealing would save are no hurry; with twice as many, sealing gets twice the time.
 SPARE_BLOCKS = 256
 #: So many runs of level 1 become one of level 2; 10 million events then make about 170 runs.
@@ -47,6 +51,9 @@ class Upkeep:
         self._boot = boot_id()
         self._compress = zstandard.ZstdCompressor(level=3)
         self._expand = zstandard.ZstdDecompressor()
+        #: Hot blocks that were read for the next sealed one, oldest first, and their size as stored.
+        self._read: list[Block] = []
+        self._read_bytes = 0
 
     def older(self, seconds: float) -> int:
         """The last ``bus_seq`` that is older than `seconds`, or than ``max_age_days`` where that is less."""
@@ -92,11 +99,81 @@ class Upkeep:
 
     # -- sealing --------------------------------------------------------------------------------
 
+    def prepare(self, work: Work, tape: books.TapeRecord) -> bool:
+        """Read a bounded part of what `work` will seal; whether there is more to be read before."""
+        if work != self._seal:
+            return False
+        with self._env.reading() as txn, txn.cursor(self._env.dbs["blocks"]) as cursor:
+            found = cursor.set_range(layout.seq_key(tape.sealed_to + 1))
+            if self._read and found and layout.key_seq(cursor.key()) == self._read[0].first_seq:
+                found = cursor.set_range(layout.seq_key(self._read[-1].last_seq + 1))
+            else:
+                self._read, self._read_bytes = [], 0
+            return found and self._read_on(cursor)
+
+    def _read_on(self, cursor: lmdb.Cursor) -> bool:
+        """Read hot blocks from `cursor` on, at most `READ_BLOCKS`; whether more may belong to the same sealed block.
+
+        A large block ends the group, and one with damaged events.
+        """
+        blocks, config, found = self._read, self._config, True
+        events, raw = sum(each.count for each in blocks), sum(len(each.payload) for each in blocks)
+        for _ in range(READ_BLOCKS):
+            if not found or events >= config.seal_events or raw >= config.seal_bytes or len(blocks) >= MAX_HOT_BLOCKS:
+                return False
+            value = cursor.value()
+            header = layout.decode_header(cursor.key(), value)
+            if self._is_large(header) or (blocks and not _continues(blocks[-1], header)):
+                return False
+            try:
+                blocks.append(layout.decode_block(header, bytes(value[layout.HEADER_SIZE :]), self._expand))
+            except CorruptError:
+                return False
+            self._read_bytes += len(value)
+            events += header.events
+            raw += header.raw_length
+            found = cursor.next()
+        return bool(found)
+
+    def _is_large(self, header: layout.Header) -> bool:
+        """Whether a block is as good as a sealed one as it is."""
+        return 2 * header.events >= self._config.seal_events or 2 * header.raw_length >= self._config.seal_bytes
+
     def _seal(self, txn: lmdb.Transaction, tape: books.TapeRecord) -> None:
-        """Replace the oldest hot blocks by one sealed block, and their index runs by one run."""
-        blocks, stored = self._oldest_hot(txn, tape)
-        if not blocks:
-            return
+        """Replace the oldest hot blocks by one sealed block, and their index runs by one run.
+
+        Large ones stay as they are: from now on they count as sealed. So does one with damaged events.
+        """
+        if self._read:
+            self._replace(txn, tape, self._read)
+        else:
+            first = tape.sealed_to + 1
+            self._adopt(txn, tape)
+            if tape.sealed_to >= first:
+                tape.runs += self._merge_range(txn, tape, first, tape.sealed_to, 1)
+        failpoint("store.in_seal")
+
+    def _adopt(self, txn: lmdb.Transaction, tape: books.TapeRecord) -> None:
+        """Count the oldest hot blocks as sealed: a damaged one, or as many large ones as there are in a row."""
+        with txn.cursor(self._env.dbs["blocks"]) as cursor:
+            found = cursor.set_range(layout.seq_key(tape.sealed_to + 1))
+            for n in range(ADOPT_BLOCKS):
+                if not found:
+                    break
+                header = layout.decode_header(cursor.key(), cursor.value())
+                large = self._is_large(header)
+                if n and not large:
+                    break
+                tape.damaged += not large
+                tape.hot_blocks -= 1
+                tape.hot_events -= header.events
+                tape.hot_raw -= header.raw_length
+                tape.sealed_blocks += 1
+                tape.sealed_to = header.last_seq
+                found = cursor.next() and large
+
+    def _replace(self, txn: lmdb.Transaction, tape: books.TapeRecord, blocks: list[Block]) -> None:
+        """Put one sealed block in the place of `blocks`, the oldest hot ones."""
         merged = Block(
             first_seq=blocks[0].first_seq,
             count=sum(each.count for each in blocks),
@@ -107,13 +184,15 @@ class Upkeep:
             topics=0,
             payload=merge_payloads([each.payload for each in blocks]) if len(blocks) > 1 else blocks[0].payload,
         )
-        for each in blocks:
-            merged.topics |= each.topics
-            txn.delete(layout.seq_key(each.first_seq), db=self._env.dbs["blocks"])
+        with txn.cursor(self._env.dbs["blocks"]) as cursor:
+            cursor.set_key(layout.seq_key(merged.first_seq))
+            for each in blocks:
+                merged.topics |= each.topics
+                cursor.delete()
         value = layout.encode_block(merged, self._compress, layout.SEALED)
         txn.put(layout.seq_key(merged.first_seq), value, db=self._env.dbs["blocks"])
         raw = sum(len(each.payload) for each in blocks)
-        tape.block_bytes += len(value) - stored
+        tape.block_bytes += len(value) - self._read_bytes
         tape.raw_bytes += len(merged.payload) - raw
         tape.hot_blocks -= len(blocks)
         tape.hot_events -= merged.count
@@ -121,50 +200,6 @@ class Upkeep:
         tape.sealed_blocks += 1
         tape.sealed_to = merged.last_seq
         tape.runs += self._merge_range(txn, tape, merged.first_seq, merged.last_seq, 1)
-        failpoint("store.in_seal")
-
-    def _oldest_hot(self, txn: lmdb.Transaction, tape: books.TapeRecord) -> tuple[list[Block], int]:
-        """The oldest hot blocks, enough for one sealed block, and their size as stored.
-
-        A wait between two blocks that one block cannot tell, or a step of the clock backwards, ends the group, so
-        that every event keeps its time of reception. A block with damaged events ends the group too; at its head it
-        is left as it is, counted, and from then on treated as sealed.
-        """
-        blocks: list[Block] = []
-        events = raw = stored = 0
-        with txn.cursor(self._env.dbs["blocks"]) as cursor:
-            found = cursor.set_range(layout.seq_key(tape.sealed_to + 1))
-            while found and not (
-                events >= self._config.seal_events or raw >= self._config.seal_bytes or len(blocks) >= MAX_HOT_BLOCKS
-            ):
-                value = cursor.value()
-                header = layout.decode_header(cursor.key(), value)
-                if blocks and header.first_seq != blocks[-1].last_seq + 1:
-                    # what lies between is lost; events must not move into its place
-                    break
-                if blocks and not 0 <= header.min_received - blocks[-1].max_received < MAX_WAIT_S:
-                    break
-                try:
-                    block = layout.decode_block(header, bytes(value[layout.HEADER_SIZE :]), self._expand)
-                except CorruptError:
-                    if not blocks:
-                        self._leave_damaged(tape, header)
-                    break
-                blocks.append(block)
-                stored += len(value)
-                events += header.events
-                raw += header.raw_length
-                found = cursor.next()
-        return blocks, stored
-
-    @staticmethod
-    def _leave_damaged(tape: books.TapeRecord, header: layout.Header) -> None:
-        tape.damaged += 1
-        tape.hot_blocks -= 1
-        tape.hot_events -= header.events
-        tape.hot_raw -= header.raw_length
-        tape.sealed_blocks += 1
-        tape.sealed_to = header.last_seq
 
     # -- the correlation index ------------------------------------------------------------------
 
@@ -281,3 +316,13 @@ class Upkeep:
                 tape.corr_bytes -= size
                 if level == 1:
                     tape.runs -= 1
+
+
+def _continues(block: Block, header: layout.Header) -> bool:
+    """Whether events of the next block may share one with those of `block`.
+
+    Not where some between them are lost, so that none moves into their place; nor after a wait that one block cannot
+    tell or a step of the clock backwards, so that every event keeps its time of reception.
+    """
+    waited = header.min_received - block.max_received
+    return header.first_seq == block.last_seq + 1 and 0 <= waited < MAX_WAIT_S

@@ -326,6 +326,8 @@ class LmdbStore(LmdbReader):
         work = self._upkeep.next_piece(self._tape_record, now)
         if work is None:
             return 0.0
+        if self._upkeep.prepare(work, self._tape_record):
+            return self._upkeep.pressing(self._tape_record, now)
         damaged = self._tape_record.damaged
         self._durably(work)
         if self._tape_record.damaged > damaged:
