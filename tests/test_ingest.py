@@ -29,17 +29,18 @@ def event(n: int = 0, kind: str = "a") -> dict:
 class Bench:
     """An ingest thread with one PULL and one ROUTER socket; the test plays the tape thread."""
 
-    def __init__(self, entries=1024, **source):
+    def __init__(self, entries=1024, wide=64, max_frame=4096, **source):
         self.zmq = zmq.Context()
         self.ring = Ring(Topics(), entries)
         self.legacy = self.ring.producer(b"legacy".ljust(16), 0, "legacy", sequenced=False)
-        self.ingest = Ingest(self.ring, INSTANCE, True, max_frame=4096)
+        self.ingest = Ingest(self.ring, INSTANCE, True, max_frame)
         self.samples: list[tuple[bytes, str]] = []
         self.sampled = threading.Event()
         self.ingest.samples = self._sample
         self.pull, self.router = self.zmq.socket(zmq.PULL), self.zmq.socket(zmq.ROUTER)
         for each in (self.pull, self.router):
             each.linger = 0
+            each.rcvhwm = wide
         port = self.pull.bind_to_random_port("tcp://127.0.0.1")
         acked = self.router.bind_to_random_port("tcp://127.0.0.1")
         self.ingest.add(self.pull, self.legacy, **source)
@@ -339,6 +340,21 @@ def test_a_connection_speaks_for_the_producer_it_introduced_last(make):
     bench.commit()
     kind, _, _, _, epoch = wire.HEAD.unpack_from(bench.dealer.recv())
     assert (kind, epoch) == (wire.ACK, 2)
+
+
+def test_a_wide_mark_for_small_frames_is_narrowed_by_the_first_large_one_and_nobody_waits_at_the_old_one(make):
+    bench = make(entries=64, wide=256, max_frame=1 << 18)
+    small, large = (msgspec.msgpack.encode({**event(), "data": {"text": "x" * n}}) for n in (10, 100_000))
+    for _ in range(300):
+        bench.push.send(small)
+    bench.raws(300)
+    assert bench.pull.get(zmq.RCVHWM) == 256
+    bench.push.send(large)
+    for _ in range(900):
+        # more than the ring and libzmq have room for: the writer waits at the mark, wide or narrow
+        bench.push.send(small)
+    assert bench.raws(901) == [large, *[small] * 900]
+    assert bench.pull.get(zmq.RCVHWM) == 64
 
 
 def test_the_parts_before_the_last_one_may_be_many(make):

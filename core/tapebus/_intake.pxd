@@ -16,6 +16,7 @@ cdef struct source_t:
     uint32_t producer
     uint8_t router
     uint8_t wrap
+    uint8_t narrow        # libzmq holds only few of its messages
     uint8_t peers
     uint8_t rights
     int64_t sampled_us

@@ -15,6 +15,7 @@ ctypedef size_t (*size_fn)(msg_t *) noexcept nogil
 ctypedef int (*more_fn)(const msg_t *) noexcept nogil
 ctypedef const char *(*gets_fn)(const msg_t *, const char *) noexcept nogil
 ctypedef int (*send_fn)(void *, const void *, size_t, int) noexcept nogil
+ctypedef int (*set_fn)(void *, int, const void *, size_t) noexcept nogil
 
 cdef struct pollitem_t:
     void *socket
@@ -28,6 +29,7 @@ cdef enum:
     DONTWAIT = 1
     SNDMORE = 2
     POLL_IN = 1
+    RCVHWM = 24
 
 cdef init_fn msg_init
 cdef recv_fn msg_recv
@@ -38,3 +40,4 @@ cdef close_fn msg_close
 cdef gets_fn msg_gets
 cdef send_fn zmq_send
 cdef poll_fn zmq_poll
+cdef set_fn zmq_setsockopt

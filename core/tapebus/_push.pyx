@@ -9,7 +9,9 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
 from tapebus._clock cimport now_us
-from tapebus._libzmq cimport DONTWAIT, msg_close, msg_data, msg_init, msg_more, msg_recv, msg_size, msg_t
+from tapebus._libzmq cimport (
+    DONTWAIT, RCVHWM, msg_close, msg_data, msg_init, msg_more, msg_recv, msg_size, msg_t, zmq_setsockopt,
+)
 from tapebus._ring cimport FRAME, REJECT, entry_t
 from tapebus._rights cimport EVERYTHING
 from tapebus._wire cimport DENIED, RATE
@@ -18,6 +20,8 @@ import msgspec
 
 cdef enum:
     BURST = 512           # frames taken from one socket before the others get their turn
+    LARGE = 64 << 10      # 256 frames of this size have as many bytes as 64 of the largest
+    NARROW = 64           # messages of a connection that libzmq holds for a socket which large frames come through
 
 
 cdef void read_frames(Intake intake, source_t *source) noexcept nogil:
@@ -54,6 +58,8 @@ cdef void read_frames(Intake intake, source_t *source) noexcept nogil:
         entry.has_msg = 1
         entry.data = <uint8_t *>msg_data(&entry.msg)
         entry.size = <uint32_t>min(msg_size(&entry.msg), <size_t>0xffffffffu)
+        if entry.size > LARGE:
+            narrow(source)
         if entry.size > intake.max_frame:
             intake.oversize += 1
             intake.sample(entry.data, entry.size, b"oversize")
@@ -74,6 +80,18 @@ cdef void read_frames(Intake intake, source_t *source) noexcept nogil:
             intake.malformed += 1
             intake.sample_scan(entry.data, entry.size, n)
             intake.ring.release(entry)
+
+
+cdef void narrow(source_t *source) noexcept nogil:
+    """Let libzmq hold few messages of each connection of `source`, because they may be large.
+
+    Its mark counts messages, not bytes, and a wide one spares the two threads a wake-up every 32 frames. It is never
+    widened again: libzmq does not wake a writer that waits at the old mark, which would then wait for ever.
+    """
+    cdef int few = NARROW
+    if not source.narrow:
+        source.narrow = 1
+        zmq_setsockopt(source.socket, RCVHWM, &few, sizeof(few))
 
 
 cdef void count_shed(Intake intake, source_t *source, msg_t *message) noexcept nogil:

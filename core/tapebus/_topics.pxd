@@ -8,7 +8,15 @@ cdef enum:
     SENDERS_TOPICS = 3584   # what senders may fill of it: the rest is for types that are registered
     MAX_TOPIC_SIZE = 100
 
-cdef uint32_t hash_bytes(const uint8_t *p, size_t n) noexcept nogil
+
+cdef inline uint32_t hash_bytes(const uint8_t *p, size_t n) noexcept nogil:
+    """FNV-1a, 32 bit; never 0, which means "none" in an index. Part of the tape's format."""
+    cdef uint32_t h = 2166136261u
+    cdef size_t i
+    for i in range(n):
+        h = (h ^ p[i]) * 16777619u
+    return h if h else 1
+
 
 cdef class Topics:
     cdef:

@@ -8,15 +8,6 @@ from libc.string cimport memcmp, memcpy
 MOST_NUMBERED = SENDERS_TOPICS
 
 
-cdef uint32_t hash_bytes(const uint8_t *p, size_t n) noexcept nogil:
-    """FNV-1a, 32 bit; never 0, which means "none" in an index. Part of the tape's format."""
-    cdef uint32_t h = 2166136261u
-    cdef size_t i
-    for i in range(n):
-        h = (h ^ p[i]) * 16777619u
-    return h if h else 1
-
-
 cdef class Topics:
     """Event type names and their numbers, kept in step with the tape; see the .pxd for ownership."""
 

@@ -51,8 +51,9 @@ from tapebus.wiring import Wiring, identity
 
 log = logging.getLogger("tapebus")
 #: Messages libzmq may hold per connection before the ring takes them: a high-water mark counts messages, not
-#: bytes, and a message may have `MAX_FRAME` of them.
-RECEIVE_HWM = 64
+#: bytes, and a message may have `MAX_FRAME` of them. Fire-and-forget frames are small and many: their mark is wide
+#: until ingest meets a large one.
+RECEIVE_HWM, WIDE_HWM = 64, 256
 SEND_HWM = 1000
 UNSEQUENCED = "ingest"
 #: Seconds that closing sockets, plugins and store may take beyond the drain before the process ends anyway.
@@ -282,7 +283,7 @@ class Runtime:
         socket: zmq.Socket[bytes] = self._zmq.socket(kind)
         self._closing.append(lambda: socket.close(0))
         socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.RCVHWM, RECEIVE_HWM)
+        socket.setsockopt(zmq.RCVHWM, RECEIVE_HWM if kind == zmq.ROUTER else WIDE_HWM)
         socket.setsockopt(zmq.SNDHWM, SEND_HWM)
         socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME + 64)
         socket.setsockopt(zmq.HANDSHAKE_IVL, 3000)
