@@ -36,7 +36,7 @@ class Message(msgspec.Struct, frozen=True):
 
 def units(text: str) -> int:
     """Length in UTF-16 code units."""
-    return len(text.encode("utf-16-le", "surrogatepass")) // 2
+    return len(text) if text.isascii() else len(text.encode("utf-16-le", "surrogatepass")) // 2
 
 
 def escape(text: str) -> str:
@@ -46,6 +46,8 @@ def escape(text: str) -> str:
 
 def clean(text: str) -> str:
     """`text` without control and direction characters and lone surrogates, which hide or break what follows."""
+    if text.isascii() and text.isprintable():
+        return text
     return _CONTROL.sub("", text.encode("utf-8", "replace").decode("utf-8"))
 
 
@@ -120,12 +122,13 @@ class _View:
     def __init__(self, event: Any, digits: Mapping[str, int], mask: bool) -> None:
         self.event = event
         self._data = event.data
+        self._plain = isinstance(event.data, Mapping)
         self._digits = digits
         self._mask = mask
 
     def get(self, *names: str) -> Any:
         for name in names:
-            value = self._data.get(name) if isinstance(self._data, Mapping) else getattr(self._data, name, None)
+            value = self._data.get(name) if self._plain else getattr(self._data, name, None)
             if value is not None and value is not msgspec.UNSET:
                 return value
         return None
