@@ -27,7 +27,7 @@ class Size:
     paced_events: int = 5_000
     idle_s: float = 10.0
     tape: tuple[int, ...] = (1_000_000, 10_000_000)
-    queries: int = 200
+    queries: int = 60
     signals: tuple[int, ...] = (100, 1_000, 10_000, 100_000)
     batches: tuple[int, ...] = (1, 10, 100, 1000)
     payloads: tuple[int, ...] = (100, 1000, 10_000)
@@ -36,7 +36,7 @@ class Size:
 
 SIZES = {
     "default": Size(),
-    "full": Size("full", 5, 2_000_000, 300_000, 500_000, 10_000, tape=(1_000_000, 10_000_000, 50_000_000), queries=500),
+    "full": Size("full", 5, 2_000_000, 300_000, 500_000, 10_000, tape=(1_000_000, 10_000_000, 50_000_000), queries=200),
     "quick": Size(
         "quick",
         1,
