@@ -22,7 +22,8 @@ class Size:
     name: str = "default"
     rounds: int = 3
     events: int = 1_000_000
-    peer_events: int = 200_000
+    peer_events: int = 100_000
+    peer_paced_events: int = 1_000
     topology_events: int = 300_000
     paced_events: int = 5_000
     idle_s: float = 10.0
@@ -36,24 +37,49 @@ class Size:
 
 SIZES = {
     "default": Size(),
-    "full": Size("full", 5, 2_000_000, 300_000, 500_000, 10_000, tape=(1_000_000, 10_000_000, 50_000_000), queries=200),
+    "full": Size(
+        "full",
+        rounds=5,
+        events=2_000_000,
+        peer_events=300_000,
+        topology_events=500_000,
+        paced_events=10_000,
+        tape=(1_000_000, 10_000_000, 50_000_000),
+        queries=200,
+    ),
     "quick": Size(
         "quick",
-        1,
-        200_000,
-        20_000,
-        50_000,
-        1_500,
-        3.0,
-        (200_000,),
-        50,
-        (100, 10_000),
-        (1, 100),
-        (100, 10_000),
-        (5, 20),
+        rounds=1,
+        events=200_000,
+        peer_events=10_000,
+        peer_paced_events=300,
+        topology_events=50_000,
+        paced_events=1_500,
+        idle_s=3.0,
+        tape=(200_000,),
+        queries=20,
+        signals=(100, 10_000),
+        batches=(1, 100),
+        payloads=(100, 10_000),
+        plugins=(5, 20),
     ),
     # for the tests of the harness itself: its figures say nothing
-    "tiny": Size("tiny", 1, 2_000, 1_000, 2_000, 100, 0.2, (4_000,), 5, (10,), (1, 10), (100,), (5, 6)),
+    "tiny": Size(
+        "tiny",
+        rounds=1,
+        events=2_000,
+        peer_events=1_000,
+        peer_paced_events=20,
+        topology_events=2_000,
+        paced_events=100,
+        idle_s=0.2,
+        tape=(4_000,),
+        queries=5,
+        signals=(10,),
+        batches=(1, 10),
+        payloads=(100,),
+        plugins=(5, 6),
+    ),
 }
 
 
@@ -74,7 +100,8 @@ class Results:
     repetitions: dict[str, list[float]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     wrong: dict[str, str] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
+    #: Version, kind and promise of each peer that ran.
+    peers: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def add(self, bench: str, figures: Figures) -> None:
         for name, value in figures.items():
@@ -85,7 +112,7 @@ class Results:
             name: {"unit": unit(name), "median": median(values), "best": best(name, values), "rounds": values}
             for name, values in self.repetitions.items()
         }
-        return {"figures": figures, "skipped": self.skipped, "wrong": self.wrong, "peers": self.versions}
+        return {"figures": figures, "skipped": self.skipped, "wrong": self.wrong, "peers": self.peers}
 
 
 UNITS = {

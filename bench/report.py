@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from bench.targets import Row, Target, rows
+from bench.plan import best
+from bench.targets import Row, Target, divided, rows
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -18,7 +20,6 @@ UNTOLD = (".took_s",)
 SECTIONS = (
     ("Throughput", ("publisher", "push-")),
     ("Latency and cost at 1,000 events/s", ("latency", "pyzmq", "idle")),
-    ("Peers and floors", ("peer:", "floor:")),
     ("Shapes of flow", ("one-to-", "four-to-", "pipeline", "diamond", "slow-consumer")),
     ("What grows with a size", ("batch-", "payload-", "plugins-", "signals-")),
     ("The tape", ("rest", "query-")),
@@ -56,9 +57,37 @@ def target_cells(results: dict[str, Any]) -> list[list[str]]:
 HEAD = ["figure", "median", "best", "unit", "target", "reached"]
 
 
+PEERS = ("peer:", "floor:")
+PEERS_HEAD = ["peer or floor", "kind", "events/s", "best", "ours ÷ it", "p50 ms", "p99 ms"]
+#: The way in that a floor belongs to, by the beginning of its name.
+OF_FLOOR = {"floor:publisher-": "publisher", "floor:msgpack-": "push-msgpack", "floor:json-": "push-json"}
+
+
+def peer_cells(results: dict[str, Any]) -> list[list[str]]:
+    """Peers and floors beside ours: the Publisher's figure, for a floor that of the way in it belongs to."""
+    repetitions = {name: figure["rounds"] for name, figure in results["figures"].items()}
+    out = []
+    for name, values in repetitions.items():
+        bench, _, figure = name.rpartition(".")
+        if not bench.startswith(PEERS) or figure != "events_per_s":
+            continue
+        ours = next((way for start, way in OF_FLOOR.items() if bench.startswith(start)), "publisher")
+        ratio = divided(repetitions.get(f"{ours}.events_per_s", []), values)
+        kind = results["peers"].get(bench, {}).get("kind", "")
+        times = [repetitions.get(f"{bench}.{key}") for key in ("p50_ms", "p99_ms")]
+        cells = [median(each) if each else None for each in (ratio, *times)]
+        shown = ["" if value is None else number(value) for value in cells]
+        out.append([bench, kind, number(median(values)), number(best(name, values)), *shown])
+    return out
+
+
 def sections(results: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
     """The other tables: heading and lines of figure, median, best, unit, rounds. What fits nowhere comes last."""
-    left = {name: each for name, each in results["figures"].items() if not name.endswith(UNTOLD)}
+    left = {
+        name: each
+        for name, each in results["figures"].items()
+        if not name.endswith(UNTOLD) and not name.startswith(("peer:", "floor:"))
+    }
     out = []
     for heading, beginnings in (*SECTIONS, ("Others", ("",))):
         names = [name for name in left if name.startswith(beginnings)]
@@ -75,7 +104,7 @@ def summary(results: dict[str, Any]) -> list[str]:
     """On what, when and of what the run was."""
     machine, commit = results["machine"], results["commit"]
     versions = ", ".join(f"{name} {value}" for name, value in results["versions"].items())
-    peers = ", ".join(f"{name} {value}" for name, value in results["peers"].items())
+    peers = "; ".join(dict.fromkeys(each["version"] for each in results["peers"].values()))
     lines = [
         f"{machine['cpu']}, {machine['cores_allowed']} of {machine['cores']} cores, {machine['memory_gb']} GB, "
         f"{machine['kernel']}, governor {machine['governor']}, tape on {machine['data_filesystem']}",
@@ -95,16 +124,21 @@ def show(results: dict[str, Any], console: Console) -> None:
     """Print all tables."""
     if any(row.median is not None for row in rows(results)):
         _table(console, "Figures to reach", HEAD, target_cells(results))
+    if others := peer_cells(results):
+        _table(console, "Peers and floors, in the same run", PEERS_HEAD, others)
     for heading, lines in sections(results):
         _table(console, heading, ["figure", "median", "best", "unit", "rounds"], lines)
     for line in summary(results):
         console.print(line, soft_wrap=not console.is_terminal, highlight=False, markup=False)
 
 
+LEFT = ("unit", "reached", "kind")
+
+
 def _table(console: Console, title: str, head: list[str], lines: list[list[str]]) -> None:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for place, name in enumerate(head):
-        table.add_column(name, justify="left" if place == 0 or name in ("unit", "reached") else "right", no_wrap=True)
+        table.add_column(name, justify="left" if place == 0 or name in LEFT else "right", no_wrap=True)
     for line in lines:
         table.add_row(*line)
     console.print(table, markup=False)
@@ -114,6 +148,10 @@ def markdown(results: dict[str, Any], plots: list[tuple[str, str]]) -> str:
     """The generated part of the page; `plots` are (title, path)."""
     out = ["## Figures to reach", "", *_markdown(HEAD, target_cells(results)), ""]
     out += [f"{line}  " for line in summary(results)]
+    if others := peer_cells(results):
+        out += ["", "### Peers and floors, in the same run", "", *_markdown(PEERS_HEAD, others)]
+        promises = dict.fromkeys(f"- {name}: {each['promise']}" for name, each in results["peers"].items())
+        out += ["", "What a peer promises of an event it has acknowledged:", "", *promises]
     for title, path in plots:
         out += ["", f"![{title}]({path})"]
     for heading, lines in sections(results):

@@ -223,7 +223,7 @@ def test_a_target_is_judged_by_the_median_and_a_ratio_round_by_round() -> None:
     run = run_of(
         {
             "publisher.events_per_s": [600_000.0, 800_000.0, 650_000.0],
-            "peer:Redis Streams (AOF everysec).events_per_s": [50_000.0, 100_000.0, 50_000.0],
+            "peer:redis-everysec.events_per_s": [50_000.0, 100_000.0, 50_000.0],
             "floor:publisher-decode.events_per_s": [2_000_000.0] * 3,
             "floor:publisher-commit.events_per_s": [1_000_000.0] * 3,
             "floor:json-decode.events_per_s": [500_000.0] * 3,
@@ -241,6 +241,34 @@ def test_a_target_is_judged_by_the_median_and_a_ratio_round_by_round() -> None:
     assert report.reached(publisher) == "93%"
     assert report.reached(found["CPU of the idle bus"]) == "yes"
     assert report.reached(found["÷ NATS JetStream"]) == "not run"
+
+
+def test_peers_and_floors_stand_beside_the_way_in_that_they_belong_to() -> None:
+    run = run_of(
+        {
+            "publisher.events_per_s": [600_000.0, 800_000.0],
+            "push-json.events_per_s": [300_000.0, 400_000.0],
+            "peer:redis-everysec.events_per_s": [50_000.0, 80_000.0],
+            "peer:redis-everysec.p50_ms": [0.2, 0.2],
+            "floor:json-decode.events_per_s": [3_000_000.0, 4_000_000.0],
+        },
+        peers={"peer:redis-everysec": {"version": "redis 7", "kind": "durable", "promise": "a second at risk"}},
+    )
+    assert report.peer_cells(run) == [
+        ["peer:redis-everysec", "durable", "65,000", "80,000", "11.0", "0.200", ""],
+        ["floor:json-decode", "", "3,500,000", "4,000,000", "0.100", "", ""],
+    ]
+    assert "- peer:redis-everysec: a second at risk" in report.markdown(run, [])
+    assert not any("peer:" in line[0] for _, lines in report.sections(run) for line in lines)
+
+
+def test_a_peer_that_is_not_here_is_skipped_and_one_that_fails_is_wrong() -> None:
+    from bench.peers import Skipped
+
+    with pytest.raises(harness.Skipped, match="not installed"), throughput.translated():
+        raise Skipped("not installed")
+    with pytest.raises(harness.Wrong, match="ConnectionError: gone"), throughput.translated():
+        raise ConnectionError("gone")
 
 
 def test_what_is_not_quite_reached_is_never_shown_as_reached() -> None:
