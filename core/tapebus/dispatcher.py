@@ -21,6 +21,8 @@ from tapebus.threads import show_name
 
 #: Bytes of undispatched blocks kept in memory; beyond it dispatch continues from the tape.
 BACKLOG_BYTES = 32 << 20
+#: Seconds between two notes to consumers with their own thread that all there was is of no interest to them.
+PASS_S = 0.02
 #: Bytes that count as one event in the capacity of a queue of decoded events.
 EVENT_BYTES = 512
 
@@ -41,6 +43,10 @@ class Slice:
         size = len(view.payload) * len(events) // max(1, view.count)
         self.weight = max(len(events), size // EVENT_BYTES)
         self.urgent = urgent
+
+
+#: The view of a stretch that holds nothing for its consumer.
+NOTHING = BlockView(bytes(24), 0)
 
 
 class Outlet(Protocol):
@@ -110,6 +116,8 @@ class Dispatcher(threading.Thread):
             fence.wake = self.backlog.wake
         #: The last sequence number all live consumers have been offered.
         self.done_seq = cursor
+        self._passed_seq = cursor
+        self._pass_at = 0.0
         self._overtaken = 0
 
     def deliver(self, block: Block) -> None:
@@ -128,11 +136,12 @@ class Dispatcher(threading.Thread):
                     self._overtake()
                     self._dispatch(block)
                     failpoint("dispatch.after_block")
-                    self.done_seq = block.last_seq
                 elif self.backlog.closed and self.backlog.drained:
                     break
                 elif not lagging and not self.backlog.lapped:
                     self._rest()
+            self._pass_at = 0.0
+            self._done_with(self.done_seq)
             for each in self._units:
                 each.close_unit(force=True)
         except BaseException as error:
@@ -149,9 +158,12 @@ class Dispatcher(threading.Thread):
         waits += [0.25 for fence in self.fences if fence.unsaved]
         if self.judge.unsaved:
             waits.append(0.25)
+        if self._outlets and self._passed_seq < self.done_seq:
+            waits.append(max(0.0, self._pass_at - now))
         return min(waits, default=None)
 
     def _rest(self) -> None:
+        self._done_with(self.done_seq)
         for each in self._units:
             if each.unsaved:
                 each.close_unit()
@@ -164,6 +176,16 @@ class Dispatcher(threading.Thread):
         for each in self._units:
             # once a block: what a burst changes again and again is written down once
             each.close_unit()
+        self._done_with(block.last_seq)
+
+    def _done_with(self, last_seq: int) -> None:
+        """Everybody has been offered what is up to `last_seq`; says so to those for whom it held nothing, by and by."""
+        self.done_seq = last_seq
+        now = time.monotonic()
+        if self._passed_seq < last_seq and now >= self._pass_at:
+            for outlet in self._outlets:
+                outlet.offer(Slice([], NOTHING, self._passed_seq + 1, last_seq))
+            self._passed_seq, self._pass_at = last_seq, now + PASS_S
 
     def _dispatch_piece(self, view: BlockView, start: int, stop: int, urgent: bool) -> None:
         self.doing.begin("rules of event types")
@@ -176,9 +198,8 @@ class Dispatcher(threading.Thread):
             self.feed.offer(self._with_quarantined(piece, faults))
         lists = self._fan.split(piece)
         for outlet, wanted in zip(self._outlets, lists[len(self.fences) :], strict=True):
-            # what holds nothing for it only moves its cursor: once a block is enough
-            if wanted or stop == view.count:
-                outlet.offer(Slice(wanted, view, first, last, urgent and bool(wanted)))
+            if wanted:
+                outlet.offer(Slice(wanted, view, first, last, urgent))
         for fence, wanted in zip(self.fences, lists, strict=False):
             # without a store there is nothing to catch up from: such a consumer goes on with what comes
             if (fence.cursor + 1 >= first or self.store is None) and fence.ready:
