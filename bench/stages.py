@@ -17,10 +17,10 @@ Rules = list[tuple[str, str]]
 #: Stages of a thread by the functions on its stack: the first rule that matches any of them names the stage.
 #: A frame is ``function (file:line)`` or ``function (library)``; a group of the rule goes into the name.
 INGEST: Rules = [
-    ("scan frames", r"scan_frame|tapebus/_scan\.pyx"),
+    ("scan frames", r"scan_frame|tapebus/_(?:scan|topics)"),
     ("check CRC", r"crc"),
     ("receive and answer (libzmq)", r"libzmq"),
-    ("sessions, ring", r"tapebus/_ingest\.pyx|tapebus/_ring\.pyx"),
+    ("sessions, ring", r"tapebus/_\w+\.pyx"),
 ]
 TAPE: Rules = [
     ("seal, prune (upkeep)", r"_upkeep|maintain \("),
@@ -52,7 +52,7 @@ SENDER: Rules = [
     ("build batches", r"build_batch"),
     ("CRC", r"crc"),
     ("acknowledgements", r"Sender\._receive|_acknowledge"),
-    ("send (libzmq)", r"libzmq|zmq/"),
+    ("poll and send (pyzmq)", r"libzmq|zmq/"),
     ("sender loop", r"Sender\."),
 ]
 PRODUCER: Rules = [
@@ -62,17 +62,27 @@ PRODUCER: Rules = [
     ("flush()", r"Publisher\.(?:flush|stats)"),
     ("the load itself", r"bench|load\.py|producers\.py"),
 ]
-BY_THREAD = (("tb-ingest", INGEST), ("tb-tape", TAPE), ("tb-sender", SENDER), ("tb-", CONSUME), ("", PRODUCER))
+LIBZMQ: Rules = [("libzmq", "")]
+BY_THREAD = (
+    ("tb-ingest", INGEST),
+    ("tb-tape", TAPE),
+    ("tb-sender", SENDER),
+    ("tb-", CONSUME),
+    ("ZMQbg", LIBZMQ),
+    ("", PRODUCER),
+)
 REST = "rest"
 
 #: System calls by what they are for; what is not named here is "kernel: other".
 CALLS = {
-    "kernel: write and sync the tape": r"fdatasync|fsync|pwrite|pwritev|msync|ftruncate|fallocate",
+    "kernel: write and sync the tape": r"fdatasync|fsync|writev|pwrite|msync|ftruncate|fallocate",
     "kernel: sockets": r"send|recv|connect|accept",
     "kernel: wait for sockets": r"poll|select",
     "kernel: wait for and wake threads": r"futex|sched_yield",
     "kernel: doorbells and pipes": r"sys_write|sys_read",
     "kernel: memory": r"mmap|munmap|madvise|brk|mprotect|page_fault|exc_page",
+    "kernel: switch threads": r"__schedule ",
+    "kernel: interrupts": r"softirq|_irq|irq_|interrupt",
 }
 #: Kinds of innermost functions that perf and py-spy tell alike. All else is one kind, the interpreter and what it
 #: calls: py-spy leaves the interpreter's own functions out of its stacks.

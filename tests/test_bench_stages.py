@@ -52,6 +52,7 @@ HANDLER = DISPATCH + ";Fence.offer (tapebus/fence.py:195);Fence._call (tapebus/f
             BASE + "publish (tapebus/_outbox.pyx:564);Emitter_encoded (_outbox.pyx)",
             "publish(): encode",
         ),
+        ("ZMQbg/IO/0", "0x7f (libzmq-2f02442c.so.5.2.5)", "libzmq"),
         ("tb-dispatch", BASE, stages.REST),
     ],
 )
@@ -87,18 +88,24 @@ SCRIPT = """\
 
    511
     ffffffff83 asm_exc_page_fault ([kernel.kallsyms])
+
+   511
+    ffffffff84 finish_task_switch.isra.0 ([kernel.kallsyms])
+    ffffffff85 __schedule ([kernel.kallsyms])
+    ffffffff86 exit_to_user_mode_loop ([kernel.kallsyms])
 """
 
 
 def test_samples_of_perf_are_read_with_their_frames_and_the_kernel_is_told_apart():
     samples = list(stages.read_samples(SCRIPT.splitlines()))
-    assert [thread for thread, _ in samples] == [512, 512, 511, 511]
+    assert [thread for thread, _ in samples] == [512, 512, 511, 511, 511]
     assert samples[2][1] == ["__pyx_f_7tapebus_5_scan_mp_event (tapebus/_scan.pyx)"]
     assert [stages.kernel_stage(frames) for _, frames in samples] == [
         "kernel: write and sync the tape",
         "",
         "",
         "kernel: memory",
+        "kernel: switch threads",
     ]
 
 
