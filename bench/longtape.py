@@ -32,7 +32,7 @@ except ImportError:  # started as a file
 
 CACHE = Path(__file__).parents[1] / "build" / "bench"
 #: Changes with what is written, so that an older tape is not taken for it.
-EDITION = 1
+EDITION = 3
 TOPICS = (
     *("market_data", "user_action", "signal_generated", "fire_command", "trade_executed", "signal_outcome"),
     "system_health",
@@ -91,7 +91,9 @@ def _shapes() -> dict[tuple[str, int], Shape]:
         order = {"fire_id": ident, "symbol": symbol, "direction": "BUY"}
         kinds["fire_command", number] = {**order, "lot": 0.1, "user_id": "u1"}
         kinds["trade_executed", number] = {**order, "ticket": 70_000 + number, "price": 1.1, "status": "FILLED"}
-        kinds["signal_outcome", number] = {"signal_id": ident, "outcome": "WIN", "pips": 12.5}
+        ended = {"outcome": "WIN", "opened_at": 1e9, "closed_at": 1e9 + 20, "duration_s": 20.0, "quotes_seen": 1000}
+        signal = {"signal_id": ident, "symbol": symbol, "direction": "BUY", "pattern_type": "KALMAN_QUICKFIRE"}
+        kinds["signal_outcome", number] = {**signal, "confidence": 85.0, **ended, "fired": True, "pips": 12.5}
         kinds["system_health", number] = {"component": f"part{number}", "status": "running"}
     found = {}
     for (name, number), data in kinds.items():

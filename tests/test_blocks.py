@@ -106,3 +106,12 @@ def test_places_and_what_is_taken_of_them_are_those_of_a_list(events, start, sto
         assert found == (events[place][0], *events[place][2:])
     with pytest.raises(IndexError):
         view.take([len(events)])
+    part.spread(view, places)
+    for place in range(len(events) + 1):
+        seq = 100 + place
+        if place in places:
+            found = part.raw(seq), part.topic(seq), part.flags(seq), part.priority(seq), part.received_at(seq)
+            assert found == (events[place][0], *events[place][2:], view.received_at(seq))
+        else:
+            with pytest.raises(IndexError):
+                part.raw(seq)

@@ -12,10 +12,11 @@ from typing import Any
 import hypothesis.strategies as st
 import msgspec
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import tapebus_store
+from tapebus.blocks import BlockView, crc32c
 from tapebus.errors import ConfigError, CorruptError, StoreError, StoreFull, TapebusError
 from tapebus.events import DeadLetter
 from tapebus.store import Commit, ProducerBook, Unit
@@ -276,10 +277,10 @@ def test_a_directory_without_a_tape_says_what_to_do(tmp_path: Path) -> None:
 
 def test_a_newer_major_version_is_refused_in_one_line(tmp_path: Path) -> None:
     store = open_store(tmp_path)
-    store._durably(lambda txn, tape: store._put(txn, "meta", b"version", b"tapebus 2.0"))
+    store._durably(lambda txn, tape: store._put(txn, "meta", b"version", b"tapebus 99.0"))
     store.close()
     for readonly in (True, False):
-        with pytest.raises(StoreError, match=r"written by store version 2\.0.*upgrade tapebus"):
+        with pytest.raises(StoreError, match=r"written by store version 99\.0.*upgrade tapebus"):
             tapebus_store.tapebus_open_store(tmp_path, {}, readonly)
 
 
@@ -367,3 +368,124 @@ def test_a_missing_block_is_named_by_its_range(store: tapebus_store.LmdbStore) -
         list(store.blocks())
     with pytest.raises(CorruptError, match=r"bus_seq 11\.\.15 is missing"):
         list(store.blocks(reverse=True))
+
+
+def long_store(path: Path, **config: Any) -> tuple[tapebus_store.LmdbStore, list[tuple[float, int]]]:
+    """A tape with runs of all levels: type 2 at first only, 3 once in 300; event time and type of each."""
+    store = open_store(path, **config)
+    written: list[tuple[float, int]] = []
+    while len(written) < 2500:
+        first = len(written) + 1
+        group = []
+        for seq in range(first, first + 5):
+            kind = 3 if seq % 300 == 7 else 2 if seq % 4 == 0 and seq < 400 else 1
+            group.append((float(seq % 900), kind, f"c{seq}" if seq % 7 == 0 else None))
+        written += [each[:2] for each in group]
+        store.commit(Commit(blocks=[block(first, group, size=300)]))
+        if first % 100 == 1 and first < 2300:
+            upkeep(store)
+    return store, written
+
+
+@pytest.fixture(scope="module")
+def long_tape(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, list[tuple[float, int]]]]:
+    store, written = long_store(tmp_path_factory.mktemp("long"))
+    yield store, written
+    store.close()
+
+
+@given(
+    after=st.integers(0, 2600),
+    kinds=st.one_of(st.none(), st.sets(st.integers(1, 4), max_size=2)),
+    since=st.one_of(st.none(), st.floats(-1, 905)),
+    until=st.one_of(st.none(), st.floats(-1, 905)),
+    reverse=st.booleans(),
+)
+@settings(max_examples=200, deadline=None)
+def test_what_is_skipped_by_the_index_held_nothing_that_was_asked_for(
+    long_tape: tuple[Any, list[tuple[float, int]]],
+    after: int,
+    kinds: set[int] | None,
+    since: float | None,
+    until: float | None,
+    reverse: bool,
+) -> None:
+    store, written = long_tape
+    found = list(store.blocks(after, topic_ids=kinds, since=since, until=until, reverse=reverse))
+    order = [each.first_seq for each in found]
+    assert order == sorted(set(order), reverse=reverse)
+    held = {seq for each in found for seq in range(each.first_seq, each.last_seq + 1)}
+    wanted = {
+        seq
+        for seq, (at, kind) in enumerate(written, 1)
+        if seq > after
+        and (kinds is None or kind in kinds)
+        and (since is None or at >= since)
+        and (until is None or at <= until)
+    }
+    assert wanted <= held
+    views = [BlockView(each.payload, each.first_seq) for each in found]
+    there = {view.first_seq + i: view.raw(view.first_seq + i) for view in views for i in range(view.count)}
+    assert all(there[seq].startswith(b"%d:" % seq) for seq in wanted)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("asked", [{"topic_ids": [2]}, {"topic_ids": [4]}, {"since": 899.5}, {"until": -1.0}], ids=str)
+def test_blocks_of_what_is_rare_are_found_without_looking_at_all_others(
+    long_tape: tuple[Any, list[tuple[float, int]]],
+    asked: dict[str, Any],
+    reverse: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store, _ = long_tape
+    looked = []
+    inner = tapebus_store.layout.decode_header
+    monkeypatch.setattr(tapebus_store.layout, "decode_header", lambda *given: looked.append(1) or inner(*given))
+    found = list(store.blocks(reverse=reverse, **asked))
+    assert len(found) == (20 if asked == {"topic_ids": [2]} else 0)
+    # those that match, the run they end in, and what is not sealed yet
+    assert len(looked) <= len(found) + 16 + store.stats()["blocks_hot"] + 2
+    assert store.stats()["blocks_sealed"] > 100
+
+
+def test_a_tape_of_the_first_store_version_is_read_and_rewritten_as_it_is_merged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = tapebus_store.runs._RUN
+    with monkeypatch.context() as before:
+        # what version 1 wrote: one checksum over each run, sealed blocks in one piece
+        before.setattr(tapebus_store.layout, "PARTS_FROM", 1 << 60)
+        before.setattr(
+            tapebus_store.runs,
+            "encode",
+            lambda key, run, level, span=None: plain.pack(level, 0, crc32c(run, crc32c(key))) + run,
+        )
+        store, written = long_store(tmp_path)
+        store._durably(lambda txn, tape: store._put(txn, "meta", b"version", b"tapebus 1.0"))
+        store.close()
+
+    def check(reader: Any) -> None:
+        assert [int(raw.split(b":")[0]) for raw in raws(reader.blocks())] == list(range(1, reader.last_seq() + 1))
+        for seq in (7, 700, 2499):
+            assert [b.first_seq + o for b, offsets in reader.blocks_of(f"c{seq}") for o in offsets] == [seq]
+        twos = {seq for seq, (_, kind) in enumerate(written, 1) if kind == 2}
+        assert twos <= {seq for b in reader.blocks(topic_ids=[2]) for seq in range(b.first_seq, b.last_seq + 1)}
+
+    reader = tapebus_store.tapebus_open_store(tmp_path, {}, True)
+    assert reader.verify() == []
+    check(reader)
+    reader.close()
+    store = open_store(tmp_path)
+    check(store)
+    fill(store, 100)
+    upkeep(store)
+    check(store)
+    assert store.verify() == []
+    with store._env.reading() as txn, txn.cursor(store._env.dbs["corr"]) as cursor:
+        levels = [(tapebus_store.runs.is_plain(value), value[0]) for _, value in cursor]
+    assert {(True, 2), (False, 2)} <= set(levels), "what was merged before is left, what is merged now is new"
+    store.close()
+    reader = tapebus_store.tapebus_open_store(tmp_path, {}, True)
+    with reader._env.reading() as txn:
+        assert reader._get(txn, "meta", b"version") == b"tapebus 2.0"
+    reader.close()

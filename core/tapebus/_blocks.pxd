@@ -47,3 +47,6 @@ cdef class BlockView:
         readonly uint32_t count
         columns_t columns
         uint32_t *offsets             # count + 1 offsets into columns.data; malloc'ed, freed here
+        # Of a part of a block after `spread`, else NULL; both malloc'ed, freed here.
+        uint32_t *where               # where each event stands in the block, ascending
+        uint64_t *received            # when each was received, µs

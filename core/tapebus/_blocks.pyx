@@ -64,6 +64,12 @@ cdef extern from *:
     uint32_t crc_hard(uint32_t c, const uint8_t *p, size_t n) noexcept nogil
     int crc_has_hard()
 
+# A piece of a payload while it is joined; borrowed from the bytes object the caller holds.
+cdef struct piece_t:
+    uint32_t kind
+    const uint8_t *at
+    const uint8_t *end
+
 #: The longest wait between two events that one payload can tell, in seconds.
 MAX_WAIT_S = MAX_WAIT_US / 1e6
 
@@ -141,8 +147,21 @@ cdef class BlockView:
 
     def __dealloc__(self):
         free(self.offsets)
+        free(self.where)
+        free(self.received)
 
     def _index(self, uint64_t bus_seq):
+        cdef uint32_t low = 0, high = self.count, middle
+        if self.where != NULL:
+            while low < high:
+                middle = (low + high) // 2
+                if self.first_seq + self.where[middle] < bus_seq:
+                    low = middle + 1
+                else:
+                    high = middle
+            if low == self.count or self.first_seq + self.where[low] != bus_seq:
+                raise IndexError(f"bus_seq {bus_seq} is not in this part of block {self.first_seq}")
+            return low
         if not self.first_seq <= bus_seq < self.first_seq + self.count:
             raise IndexError(f"bus_seq {bus_seq} is not in block {self.first_seq}")
         return bus_seq - self.first_seq
@@ -165,6 +184,8 @@ cdef class BlockView:
         """Unix seconds of reception."""
         cdef uint32_t n = self._index(bus_seq), i
         cdef uint64_t us = self.columns.head.base_us
+        if self.received != NULL:
+            return self.received[n] / 1e6
         for i in range(1, n + 1):
             us += self.columns.wait_us[i]
         return us / 1e6
@@ -200,7 +221,7 @@ cdef class BlockView:
         return found
 
     def take(self, list places not None):
-        """A view of copies of the events at the indexes `places`, numbered from ``first_seq`` on; for decoding them."""
+        """A part with copies of the events at the indexes `places`, numbered without gaps from ``first_seq`` on."""
         cdef uint32_t n = len(places), i, k = 0
         cdef size_t size = 0
         cdef columns_t to
@@ -228,6 +249,27 @@ cdef class BlockView:
             out += self.columns.size[i]
             k += 1
         return BlockView(payload, self.first_seq)
+
+    def spread(self, BlockView block not None, list places not None):
+        """Give the events of a part, as `take` has made it, the numbers and times of reception they have in `block`."""
+        cdef uint32_t i = 0, k = 0, place
+        cdef uint64_t us = block.columns.head.base_us
+        if <uint32_t>len(places) != self.count or self.where != NULL:
+            raise ValueError("not a part with as many events")
+        self.received = <uint64_t *>malloc(sizeof(uint64_t) * (<size_t>self.count + 1))
+        self.where = <uint32_t *>malloc(sizeof(uint32_t) * (<size_t>self.count + 1))
+        if self.received == NULL or self.where == NULL:
+            raise MemoryError
+        for each in places:
+            place = each
+            if place >= block.count or (k and place <= self.where[k - 1]):
+                raise IndexError(f"block {block.first_seq} has no such places")
+            while i < place:
+                i += 1
+                us += block.columns.wait_us[i]
+            self.where[k] = place
+            self.received[k] = us
+            k += 1
 
     def urgent(self):
         """Sequence numbers of the HIGH and CRITICAL events."""
@@ -285,6 +327,123 @@ def merge_payloads(list payloads not None):
         done += view.count
         filled += view.offsets[view.count]
     return out
+
+
+# -- payloads in parts -------------------------------------------------------------------------
+
+def split_payload(bytes payload not None, uint64_t least, uint32_t others):
+    """The columns of a payload with its head, and the bytes of its events by topic id, in bus order each.
+
+    Topics with fewer than `least` bytes come together under `others`.
+    """
+    cdef BlockView view = BlockView(payload, 0)
+    cdef uint64_t *sizes = <uint64_t *>calloc(65537, sizeof(uint64_t))
+    cdef uint8_t **to = <uint8_t **>calloc(65537, sizeof(uint8_t *))
+    cdef uint32_t i, topic
+    try:
+        if sizes == NULL or to == NULL:
+            raise MemoryError
+        seen = {}
+        for i in range(view.count):
+            topic = view.columns.topic[i]
+            if to[topic] == NULL:
+                # any address: it is replaced before it is used
+                to[topic] = <uint8_t *>to
+                seen[topic] = None
+            sizes[topic] += view.columns.size[i]
+        found, small = {}, False
+        for each in sorted(seen):
+            topic = each
+            if sizes[topic] < least:
+                sizes[65536] += sizes[topic]
+                to[topic] = NULL
+                small = True
+            else:
+                piece = PyBytes_FromStringAndSize(NULL, sizes[topic])
+                to[topic] = <uint8_t *>PyBytes_AS_STRING(piece)
+                found[topic] = piece
+        if small:
+            piece = PyBytes_FromStringAndSize(NULL, sizes[65536])
+            to[65536] = <uint8_t *>PyBytes_AS_STRING(piece)
+            found[others] = piece
+        with nogil:
+            for i in range(view.count):
+                topic = view.columns.topic[i]
+                if to[topic] == NULL:
+                    topic = 65536
+                memcpy(to[topic], view.columns.data + view.offsets[i], view.columns.size[i])
+                to[topic] += view.columns.size[i]
+    finally:
+        free(sizes)
+        free(to)
+    return payload[:HEAD_SIZE + <size_t>COLUMNS_SIZE * view.count], found
+
+
+def topics_at(bytes columns not None, uint32_t count, offsets):
+    """The topic ids of the events at `offsets`, as a set. Raises `ValueError` for other columns than of `count`."""
+    cdef columns_t at
+    if <size_t>len(columns) != HEAD_SIZE + <size_t>COLUMNS_SIZE * count:
+        raise ValueError("the columns do not have the length of their events")
+    columns_at(<uint8_t *>PyBytes_AS_STRING(columns), count, &at)
+    return {at.topic[<uint32_t>offset] for offset in offsets if offset < count}
+
+
+def join_payload(bytes columns not None, uint32_t count, dict pieces not None, uint32_t others):
+    """The payload that `split_payload` has split. Events of pieces that are None have no bytes.
+
+    Raises `ValueError` where sizes and pieces do not agree.
+    """
+    cdef columns_t at, to
+    cdef uint32_t i, n = 0, topic, known = 0xffffffffu
+    cdef uint64_t total = 0
+    cdef int place = -1, other = -1
+    cdef piece_t *found
+    if <size_t>len(columns) != HEAD_SIZE + <size_t>COLUMNS_SIZE * count:
+        raise ValueError("the columns do not have the length of their events")
+    columns_at(<uint8_t *>PyBytes_AS_STRING(columns), count, &at)
+    found = <piece_t *>malloc(sizeof(piece_t) * (len(pieces) + 1))
+    if found == NULL:
+        raise MemoryError
+    try:
+        for kind, piece in pieces.items():
+            found[n].kind = kind
+            found[n].at = found[n].end = NULL
+            if piece is not None:
+                found[n].at = <const uint8_t *>PyBytes_AS_STRING(piece)
+                found[n].end = found[n].at + PyBytes_GET_SIZE(piece)
+                total += PyBytes_GET_SIZE(piece)
+            if found[n].kind == others:
+                other = n
+            n += 1
+        payload = PyBytes_FromStringAndSize(NULL, HEAD_SIZE + <size_t>COLUMNS_SIZE * count + total)
+        memcpy(PyBytes_AS_STRING(payload), PyBytes_AS_STRING(columns), HEAD_SIZE + <size_t>COLUMNS_SIZE * count)
+        columns_at(<uint8_t *>PyBytes_AS_STRING(payload), count, &to)
+        to.head.data_size = total
+        for i in range(count):
+            topic = at.topic[i]
+            if topic != known:
+                known = topic
+                place = other
+                for k in range(<int>n):
+                    if found[k].kind == topic:
+                        place = k
+                        break
+            if place < 0:
+                raise ValueError(f"there is no piece for the events of topic {topic}")
+            if found[place].at == NULL:
+                to.size[i] = 0
+                continue
+            if <uint64_t>(found[place].end - found[place].at) < at.size[i]:
+                raise ValueError(f"the events of topic {topic} are longer than their piece")
+            memcpy(to.data, found[place].at, at.size[i])
+            to.data += at.size[i]
+            found[place].at += at.size[i]
+        for k in range(<int>n):
+            if found[k].at != found[k].end:
+                raise ValueError(f"a piece is longer than the events of topic {found[k].kind}")
+    finally:
+        free(found)
+    return payload
 
 
 # -- correlation runs: sorted (hash u32, offset u32) --------------------------------------------
@@ -346,5 +505,60 @@ def find_corr(const uint8_t[::1] run not None, uint32_t wanted):
     found = []
     while low < n and entries[low].hash == wanted:
         found.append(entries[low].offset)
+        low += 1
+    return found
+
+
+def segment_table(const uint8_t[::1] run not None, uint32_t segment):
+    """The first hash and the CRC-32C of every `segment` entries of a run, 4 bytes each."""
+    cdef size_t n = run.shape[0] // CORR_SIZE, at, here
+    cdef const corr_t *entries
+    cdef uint32_t *to
+    out = PyBytes_FromStringAndSize(NULL, (n + segment - 1) // segment * 8)
+    if n == 0:
+        return out
+    entries = <const corr_t *>&run[0]
+    to = <uint32_t *>PyBytes_AS_STRING(out)
+    for at in range(0, n, segment):
+        here = min(<size_t>segment, n - at)
+        to[0] = entries[at].hash
+        to[1] = crc32c_update(0, <const uint8_t *>(entries + at), here * CORR_SIZE)
+        to += 2
+    return out
+
+
+def find_segmented(const uint8_t[::1] run not None, const uint8_t[::1] table not None, uint32_t segment,
+                   uint32_t wanted):
+    """As `find_corr` with the `segment_table` of the run: what is read of the run is compared with it first.
+
+    None where it does not match. The table must have been verified, and must be that of a run of this length.
+    """
+    cdef size_t n = run.shape[0] // CORR_SIZE, segments = table.shape[0] // 8
+    cdef size_t low = 0, high = segments, middle, at, here
+    cdef const uint32_t *entry
+    cdef const corr_t *entries
+    if segments != (n + segment - 1) // segment:
+        return None
+    if n == 0:
+        return []
+    entry = <const uint32_t *>&table[0]
+    while low < high:
+        middle = (low + high) // 2
+        if entry[2 * middle] < wanted:
+            low = middle + 1
+        else:
+            high = middle
+    # the first entries with this hash may end the segment before
+    low = low - 1 if low else 0
+    entries = <const corr_t *>&run[0]
+    found = []
+    while low < segments and entry[2 * low] <= wanted:
+        at = low * segment
+        here = min(<size_t>segment, n - at)
+        if crc32c_update(0, <const uint8_t *>(entries + at), here * CORR_SIZE) != entry[2 * low + 1]:
+            return None
+        for at in range(at, at + here):
+            if entries[at].hash == wanted:
+                found.append(entries[at].offset)
         low += 1
     return found

@@ -8,10 +8,15 @@ from tapebus._blocks import (
     corr_hash,
     crc32c,
     find_corr,
+    find_segmented,
+    join_payload,
     merge_payloads,
     merge_runs,
+    segment_table,
     sort_run,
+    split_payload,
     topic_counts,
+    topics_at,
 )
 
 __all__ = [
@@ -20,8 +25,13 @@ __all__ = [
     "corr_hash",
     "crc32c",
     "find_corr",
+    "find_segmented",
+    "join_payload",
     "merge_payloads",
     "merge_runs",
+    "segment_table",
     "sort_run",
+    "split_payload",
     "topic_counts",
+    "topics_at",
 ]

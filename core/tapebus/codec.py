@@ -206,7 +206,9 @@ class Codec:
         part = view.take(places)
         found, _ = self.decode(part)
         events = [event if event is not None else self._generic(part, i) for i, event in enumerate(found)]
-        stamp_at(events, view, places)
+        # so that an event keeps alive what was taken with it, and not its whole block
+        part.spread(view, places)
+        stamp_at(events, part, places)
         return events
 
     def _generic(self, view: BlockView, i: int) -> Event:

@@ -81,6 +81,11 @@ def check_version(stored: bytes, where: object) -> None:
         )
 
 
+def is_older(stored: bytes) -> bool:
+    """Whether a version that `check_version` has let pass is of an older major one: what is written now is not."""
+    return int(stored.split(b" ")[1].split(b".")[0]) < MAJOR
+
+
 _packer = msgspec.msgpack.Encoder()
 encode = _packer.encode
 decode_tape = msgspec.msgpack.Decoder(TapeRecord).decode

@@ -13,25 +13,25 @@ import zstandard
 from tapebus.blocks import crc32c
 from tapebus.errors import CorruptError
 from tapebus.store import Block
+from tapebus_store import parts
 
 #: Major versions cannot be read by older code; a minor one can.
-MAJOR, MINOR = 1, 0
+MAJOR, MINOR = 2, 0
 
 MAGIC = b"TBLK"
 FORMAT = 1
-RAW, ZSTD = 0, 1
+#: How a payload is stored: as it is, in one zstd frame, or in `parts`.
+RAW, ZSTD, PARTS = 0, 1, 2
 SEALED = 1
 
 #: magic, format, codec, flags, first_seq, count, raw length, min/max event time, min/max receive time,
-#: topics bitmap, CRC of the stored payload; followed by the CRC of these bytes
+#: topics bitmap, CRC of the stored payload or of the table of its parts; followed by the CRC of these bytes
 _FIELDS = struct.Struct("<4sBBHQIIddddQI")
 _CRC = struct.Struct("<I")
 HEADER_SIZE = _FIELDS.size + _CRC.size
 
-#: level (0: one commit, 1: one sealed block, 2: many), CRC of key and run
-_RUN = struct.Struct("<BxxxI")
-RUN_HEADER = _RUN.size
-
+#: Below this parts cost more than they save, and a block of a commit will not stay: small ones are sealed together.
+PARTS_FROM, LARGE = 4096, 128 * 1024
 #: Below this the zstd frame costs more than it saves.
 COMPRESS_FROM = 400
 MAX_KEY = 500
@@ -65,10 +65,27 @@ class Header(NamedTuple):
         return self.first_seq + self.events - 1
 
 
+class Excerpt(NamedTuple):
+    """What was taken of a stored payload: all of it as stored, or some of its parts."""
+
+    whole: bytes
+    parts: parts.Taken | None
+
+    @property
+    def size(self) -> int:
+        return len(self.whole) + sum(len(data or b"") for _, data in self.parts or ())
+
+
 def encode_block(block: Block, compressor: zstandard.ZstdCompressor, flags: int = 0) -> bytes:
-    """The stored form of `block`: header, then the payload, compressed where that makes it smaller."""
-    payload, codec = block.payload, RAW
-    if len(payload) > COMPRESS_FROM:
+    """The stored form of `block`: header, then the payload, compressed where that makes it smaller.
+
+    One that stays is stored in parts, so that readers need not unpack events of types they do not want.
+    """
+    payload, codec, covered = block.payload, RAW, b""
+    if len(payload) >= (PARTS_FROM if flags & SEALED else LARGE):
+        payload, covered = parts.pack(payload, compressor)
+        codec = PARTS
+    elif len(payload) > COMPRESS_FROM:
         packed = compressor.compress(payload)
         if len(packed) < len(payload):
             payload, codec = packed, ZSTD
@@ -85,7 +102,7 @@ def encode_block(block: Block, compressor: zstandard.ZstdCompressor, flags: int 
         block.min_received,
         block.max_received,
         block.topics,
-        crc32c(payload),
+        crc32c(covered or payload),
     )
     return b"".join((fields, _CRC.pack(crc32c(fields)), payload))
 
@@ -109,37 +126,54 @@ def decode_header(key: bytes | memoryview, value: bytes | memoryview) -> Header:
     return header
 
 
-def check_payload(header: Header, value: bytes | memoryview) -> None:
-    """Compare the payload of a stored block with its checksum. Raises `CorruptError`."""
-    if crc32c(value[HEADER_SIZE:]) != header.payload_crc:
-        raise CorruptError(
-            f"tape: the events at bus_seq {header.first_seq}..{header.last_seq} do not match their checksum"
-        )
+def excerpt(header: Header, value: bytes | memoryview, topics: frozenset[int] | None = None) -> Excerpt:
+    """A copy of the payload of a stored block, or of those of its parts with events of `topics`. Raises `CorruptError`.
+
+    What is copied is not verified yet, which `decode_block` does.
+    """
+    stored = memoryview(value)[HEADER_SIZE:]
+    if header.codec != PARTS:
+        return Excerpt(bytes(stored), None)
+    table = parts.read_table(stored, header.payload_crc)
+    if table is None:
+        raise _mismatch(header)
+    kinds = parts.choose(table, topics)
+    return Excerpt(b"", [(part, bytes(stored[part.at : part.end]) if part.kind in kinds else None) for part in table])
 
 
-def trim_block(value: bytes) -> bytes | None:
-    """The stored block that `value` begins with, when its end is not known; None where there is none."""
-    if value[:4] != MAGIC or len(value) < HEADER_SIZE:
-        return None
-    try:
-        header = decode_header(seq_key(first_seq(value)), value)
-        if header.codec == ZSTD:
-            unpack = zstandard.ZstdDecompressor().decompressobj()
-            unpack.decompress(value[HEADER_SIZE:])
-            value = value[: len(value) - len(unpack.unused_data)]
-        else:
-            value = value[: HEADER_SIZE + header.raw_length]
-        check_payload(header, value)
-    except (CorruptError, zstandard.ZstdError):
-        return None
-    return value
+def decode_block(
+    header: Header,
+    taken: Excerpt,
+    decompressor: zstandard.ZstdDecompressor,
+    offsets: list[int] | None = None,
+) -> Block:
+    """The block of `header` with its payload verified and unpacked, as far as it was `taken`. Raises `CorruptError`.
+
+    With `offsets` the events elsewhere may be without their bytes, as those are whose part was not taken.
+    """
+    if taken.parts is None:
+        payload = _whole(header, taken.whole, decompressor)
+    else:
+        try:
+            payload = parts.unpack(taken.parts, header.events, decompressor, offsets)
+        except (ValueError, CorruptError, zstandard.ZstdError) as error:
+            raise _mismatch(header, str(error)) from error
+    return Block(
+        first_seq=header.first_seq,
+        count=header.events,
+        min_time=header.min_time,
+        max_time=header.max_time,
+        min_received=header.min_received,
+        max_received=header.max_received,
+        topics=header.topics,
+        payload=payload,
+    )
 
 
-def decode_block(header: Header, stored: bytes, decompressor: zstandard.ZstdDecompressor) -> Block:
-    """The block of `header` with its payload verified and unpacked. Raises `CorruptError`."""
+def _whole(header: Header, stored: bytes, decompressor: zstandard.ZstdDecompressor) -> bytes:
     where = f"bus_seq {header.first_seq}..{header.last_seq}"
     if crc32c(stored) != header.payload_crc:
-        raise CorruptError(f"tape: the events at {where} do not match their checksum")
+        raise _mismatch(header)
     if header.codec == ZSTD:
         try:
             stored = decompressor.decompress(stored, max_output_size=header.raw_length)
@@ -149,38 +183,46 @@ def decode_block(header: Header, stored: bytes, decompressor: zstandard.ZstdDeco
         raise CorruptError(f"tape: the events at {where} use the unknown codec {header.codec}")
     if len(stored) != header.raw_length:
         raise CorruptError(f"tape: the events at {where} have {len(stored)} bytes instead of {header.raw_length}")
-    return Block(
-        first_seq=header.first_seq,
-        count=header.events,
-        min_time=header.min_time,
-        max_time=header.max_time,
-        min_received=header.min_received,
-        max_received=header.max_received,
-        topics=header.topics,
-        payload=stored,
-    )
+    return stored
 
 
-def encode_run(key: bytes, run: bytes, level: int) -> bytes:
-    """The stored form of a sorted run of correlation entries."""
-    return _RUN.pack(level, crc32c(run, crc32c(key))) + run
+def _mismatch(header: Header, why: str = "") -> CorruptError:
+    where = f"bus_seq {header.first_seq}..{header.last_seq}"
+    return CorruptError(f"tape: the events at {where} do not match their checksum" + (f": {why}" if why else ""))
 
 
-def run_level(value: bytes | memoryview) -> int:
-    return value[0]
+def check_payload(header: Header, value: bytes | memoryview) -> None:
+    """Compare the payload of a stored block with its checksum. Raises `CorruptError`."""
+    taken = excerpt(header, value)
+    if taken.parts is None:
+        sound = crc32c(taken.whole) == header.payload_crc
+    else:
+        sound = all(
+            data is not None and len(data) == part.size and crc32c(data) == part.crc for part, data in taken.parts
+        )
+    if not sound:
+        raise _mismatch(header)
 
 
-def run_mark(value: bytes | memoryview) -> int:
-    """The checksum stored with a run: what tells one content of a key from another."""
-    return int(_RUN.unpack_from(value)[1])
-
-
-def decode_run(key: bytes, value: bytes | memoryview) -> memoryview:
-    """The run stored under `key`, verified and not copied. Raises `CorruptError`."""
-    run = memoryview(value)[RUN_HEADER:]
-    if len(value) < RUN_HEADER or _RUN.unpack_from(value)[1] != crc32c(run, crc32c(key)):
-        raise CorruptError(f"tape: the correlation index from bus_seq {key_seq(key)} does not match its checksum")
-    return run
+def trim_block(value: bytes) -> bytes | None:
+    """The stored block that `value` begins with, when its end is not known; None where there is none."""
+    if value[:4] != MAGIC or len(value) < HEADER_SIZE:
+        return None
+    try:
+        header = decode_header(seq_key(first_seq(value)), value)
+        if header.codec == PARTS:
+            table = parts.read_table(memoryview(value)[HEADER_SIZE:], header.payload_crc)
+            value = value[: HEADER_SIZE + max((part.end for part in table), default=0)] if table else b""
+        elif header.codec == ZSTD:
+            unpack = zstandard.ZstdDecompressor().decompressobj()
+            unpack.decompress(value[HEADER_SIZE:])
+            value = value[: len(value) - len(unpack.unused_data)]
+        else:
+            value = value[: HEADER_SIZE + header.raw_length]
+        check_payload(header, value)
+    except (CorruptError, zstandard.ZstdError):
+        return None
+    return value
 
 
 def guard(key: bytes, value: bytes) -> bytes:

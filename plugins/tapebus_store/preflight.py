@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from tapebus.errors import CorruptError, StoreError
-from tapebus_store import books, layout
+from tapebus_store import books, layout, runs
 from tapebus_store.pages import NO_PAGE, Budget, Meta, PageFile, Tree
 
 DAMAGED = 3
@@ -145,7 +145,7 @@ def verify(name: str, key: bytes, value: bytes) -> None:
         header = layout.decode_header(key, value)
         layout.check_payload(header, value)
     elif name == "corr":
-        layout.decode_run(key, value)
+        runs.entries_of(key, value)
     else:
         layout.unguard(name, key, value)
 

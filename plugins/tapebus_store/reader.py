@@ -14,15 +14,20 @@ from tapebus.blocks import corr_hash, find_corr
 from tapebus.errors import CorruptError
 from tapebus.events import DeadLetter
 from tapebus.store import Block, ProducerBook, Unit
-from tapebus_store import books, layout
+from tapebus_store import books, layout, runs
 from tapebus_store.environment import Environment, MiB, acquire, release
 from tapebus_store.preflight import inspect
 
-#: One read transaction hands out at most this much before it is closed.
+#: One read transaction hands out at most this much before it is closed; the first fewer blocks, as many are content
+#: with few events.
+FIRST_BLOCKS = 2
 CHUNK_BLOCKS = 256
 CHUNK_BYTES = 4 * MiB
 #: Headers looked at within one transaction while nothing matches.
 CHUNK_HEADERS = 4096
+
+#: Beyond every ``bus_seq``.
+END = 1 << 63
 
 _decode_dead = msgspec.msgpack.Decoder(DeadLetter).decode
 
@@ -155,33 +160,40 @@ class LmdbReader:
     ) -> Iterator[Block]:
         """Blocks that may hold events after `after` matching the filters; newest first if `reverse`.
 
-        `since` and `until` are event times in Unix seconds, both inclusive. Raises `CorruptError` with
-        the ``bus_seq`` range when a checksum fails or a block is missing.
+        `since` and `until` are event times in Unix seconds, both inclusive. With `topic_ids` the events of other types
+        may be without their bytes. Raises `CorruptError` with the ``bus_seq`` range when a checksum fails or a block
+        is missing.
         """
-        mask = None if topic_ids is None else sum({1 << (each % 64) for each in topic_ids})
-        wanted = _Filter(mask, since, until)
+        wanted = _Filter(None if topic_ids is None else frozenset(topic_ids), since, until)
         unpack = zstandard.ZstdDecompressor()
-        place, bound = after, 1 << 63
+        place, bound, most = after, END, FIRST_BLOCKS
         while True:
             if reverse:
-                chunk, bound = self._chunk_back(after, bound, wanted)
+                chunk, bound = self._chunk_back(after, bound, wanted, most)
                 done = bound <= after + 1
             else:
-                chunk, place, done = self._chunk(place, wanted)
-            for header, stored in chunk:
-                yield layout.decode_block(header, stored, unpack)
+                chunk, place, done = self._chunk(place, wanted, most)
+            most = min(most * 4, CHUNK_BLOCKS)
+            for header, excerpt in chunk:
+                yield layout.decode_block(header, excerpt, unpack)
             if done:
                 return
 
-    def _chunk(self, after: int, wanted: _Filter) -> tuple[list[tuple[layout.Header, bytes]], int, bool]:
-        """Matching blocks after `after`, the last ``bus_seq`` looked at, whether the end was reached."""
-        chunk: list[tuple[layout.Header, bytes]] = []
+    def _chunk(self, after: int, wanted: _Filter, most: int) -> tuple[list[_Taken], int, bool]:
+        """At most `most` matching blocks after `after`, the last ``bus_seq`` looked at, whether the end was reached."""
+        chunk: list[_Taken] = []
         size = seen = 0
+        known = after if wanted.narrows else END
         with self._env.reading() as txn, txn.cursor(self._env.dbs["blocks"]) as cursor:
             found = cursor.set_range(layout.seq_key(after + 1))
             if not (found and layout.key_seq(cursor.key()) == after + 1):
                 found = (cursor.prev() if found else cursor.last()) or cursor.first()
             while found:
+                if after >= known:
+                    before, (after, known) = after, self._skip(txn, after, wanted)
+                    if after > before:
+                        found = cursor.set_range(layout.seq_key(after + 1))
+                        continue
                 header = layout.decode_header(cursor.key(), value := cursor.value())
                 if header.last_seq > after:
                     if header.first_seq > after + 1 and (seen or after >= self._first(txn)):
@@ -189,39 +201,74 @@ class LmdbReader:
                     after = header.last_seq
                     seen += 1
                     if wanted.match(header):
-                        chunk.append((header, bytes(value[layout.HEADER_SIZE :])))
-                        size += len(value)
-                    if size >= CHUNK_BYTES or len(chunk) >= CHUNK_BLOCKS or seen >= CHUNK_HEADERS:
+                        chunk.append((header, layout.excerpt(header, value, wanted.topics)))
+                        size += chunk[-1][1].size
+                    if size >= CHUNK_BYTES or len(chunk) >= most or seen >= CHUNK_HEADERS:
                         return chunk, after, False
                 found = cursor.next()
         return chunk, after, True
 
-    def _chunk_back(self, after: int, bound: int, wanted: _Filter) -> tuple[list[tuple[layout.Header, bytes]], int]:
-        """Matching blocks below `bound` in reverse order, and the new bound (0 when done)."""
-        chunk: list[tuple[layout.Header, bytes]] = []
+    def _skip(self, txn: lmdb.Transaction, after: int, wanted: _Filter) -> tuple[int, int]:
+        """Go from `after` on past all that cannot match by what the index runs say; and where to ask them again."""
+        with txn.cursor(self._env.dbs["corr"]) as cursor:
+            found = cursor.prev() if cursor.set_range(layout.seq_key(after + 2)) else cursor.last()
+            if not found:
+                return after, layout.key_seq(cursor.key()) - 1 if cursor.first() else END
+            while found:
+                span = runs.span_of(bytes(cursor.key()), cursor.value())
+                if span is None or not span.first <= after + 1 <= span.last:
+                    return after, layout.key_seq(cursor.key()) - 1 if cursor.next() else END
+                if wanted.match(span):
+                    return after, span.last
+                after = span.last
+                found = cursor.next()
+            return after, END
+
+    def _chunk_back(self, after: int, bound: int, wanted: _Filter, most: int) -> tuple[list[_Taken], int]:
+        """At most `most` matching blocks below `bound` in reverse order, and the new bound (0 when done)."""
+        chunk: list[_Taken] = []
         size = seen = 0
+        known = END - 1 if wanted.narrows else 0
         with self._env.reading() as txn, txn.cursor(self._env.dbs["blocks"]) as cursor:
             found = cursor.prev() if cursor.set_range(layout.seq_key(bound)) else cursor.last()
             while found:
+                if bound <= known:
+                    before, (bound, known) = bound, self._skip_back(txn, bound, wanted)
+                    if bound < before:
+                        found = cursor.prev() if cursor.set_range(layout.seq_key(bound)) else cursor.last()
+                        continue
                 header = layout.decode_header(cursor.key(), value := cursor.value())
                 if header.last_seq <= after:
                     return chunk, 0
-                if bound < 1 << 63 and header.last_seq < bound - 1:
+                if bound < END and header.last_seq < bound - 1:
                     self._refuse_gap(txn, header.last_seq + 1, bound - 1)
                 bound = header.first_seq
                 seen += 1
                 if wanted.match(header):
-                    chunk.append((header, bytes(value[layout.HEADER_SIZE :])))
-                    size += len(value)
-                if size >= CHUNK_BYTES or len(chunk) >= CHUNK_BLOCKS or seen >= CHUNK_HEADERS:
+                    chunk.append((header, layout.excerpt(header, value, wanted.topics)))
+                    size += chunk[-1][1].size
+                if size >= CHUNK_BYTES or len(chunk) >= most or seen >= CHUNK_HEADERS:
                     return chunk, bound
                 found = cursor.prev()
         return chunk, 0
 
+    def _skip_back(self, txn: lmdb.Transaction, bound: int, wanted: _Filter) -> tuple[int, int]:
+        """As `_skip`, from `bound` downwards."""
+        with txn.cursor(self._env.dbs["corr"]) as cursor:
+            found = cursor.prev() if cursor.set_range(layout.seq_key(bound)) else cursor.last()
+            while found:
+                span = runs.span_of(bytes(cursor.key()), cursor.value())
+                if span is None or not span.first < bound <= span.last + 1 or wanted.match(span):
+                    return bound, layout.key_seq(cursor.key())
+                bound = span.first
+                found = cursor.prev()
+            return bound, 0
+
     def blocks_of(self, correlation_id: str) -> Iterator[tuple[Block, list[int]]]:
         """Blocks, in bus order, with the offsets of events that probably carry `correlation_id`.
 
-        The index holds hashes: compare the id of each event. Raises `CorruptError`.
+        The index holds hashes: compare the id of each event. Events elsewhere in the blocks may be without their
+        bytes. Raises `CorruptError`.
         """
         hits = self._hits(corr_hash(correlation_id))
         unpack = zstandard.ZstdDecompressor()
@@ -231,12 +278,12 @@ class LmdbReader:
             if found is None:
                 place += 1
                 continue
-            header, stored = found
+            header, excerpt = found
             offsets = []
             while place < len(hits) and hits[place] <= header.last_seq:
                 offsets.append(hits[place] - header.first_seq)
                 place += 1
-            yield layout.decode_block(header, stored, unpack), offsets
+            yield layout.decode_block(header, excerpt, unpack, offsets), offsets
 
     def _hits(self, wanted: int) -> list[int]:
         """Sequence numbers in the index under the hash `wanted`, ascending."""
@@ -244,18 +291,22 @@ class LmdbReader:
         with self._env.reading() as txn, txn.cursor(self._env.dbs["corr"]) as cursor:
             for key, value in cursor:
                 first = layout.key_seq(key)
-                mark = (first, len(value), layout.run_mark(value))
-                if mark in self._verified:
-                    run = value[layout.RUN_HEADER :]
-                else:
-                    run = layout.decode_run(bytes(key), value)
-                    if len(self._verified) > 100_000:
-                        self._verified.clear()
-                    self._verified.add(mark)
-                hits.extend(first + offset for offset in find_corr(run, wanted))
+                hits.extend(first + offset for offset in self._find(bytes(key), value, wanted))
         return sorted(hits)
 
-    def _block_at(self, seq: int) -> tuple[layout.Header, bytes] | None:
+    def _find(self, key: bytes, value: bytes | memoryview, wanted: int) -> list[int]:
+        """As `runs.find`; a plain run, whose checksum is over all of it, is verified once only."""
+        if not runs.is_plain(value):
+            return runs.find(key, value, wanted)
+        mark = (layout.key_seq(key), len(value), runs.mark_of(value))
+        if mark not in self._verified:
+            runs.entries_of(key, value)
+            if len(self._verified) > 100_000:
+                self._verified.clear()
+            self._verified.add(mark)
+        return find_corr(value[runs.PLAIN_HEAD :], wanted)
+
+    def _block_at(self, seq: int) -> _Taken | None:
         """The stored block that holds `seq`; None where retention has removed it."""
         with self._env.reading() as txn, txn.cursor(self._env.dbs["blocks"]) as cursor:
             found = cursor.prev() if cursor.set_range(layout.seq_key(seq + 1)) else cursor.last()
@@ -265,7 +316,7 @@ class LmdbReader:
             if header.last_seq < seq:
                 self._refuse_gap(txn, header.last_seq + 1, seq)
                 return None
-            return header, bytes(value[layout.HEADER_SIZE :])
+            return header, layout.excerpt(header, value)
 
     # -- books ----------------------------------------------------------------------------------
 
@@ -347,18 +398,23 @@ class LmdbReader:
 
 
 class _Filter:
-    """Which block headers are worth reading further."""
+    """Which block headers, and which spans of them, are worth reading further."""
 
-    __slots__ = ("mask", "since", "until")
+    __slots__ = ("mask", "narrows", "since", "topics", "until")
 
-    def __init__(self, mask: int | None, since: float | None, until: float | None) -> None:
-        self.mask = mask
+    def __init__(self, topics: frozenset[int] | None, since: float | None, until: float | None) -> None:
+        self.topics = topics
+        self.mask = None if topics is None else sum({1 << (each % 64) for each in topics})
         self.since = since
         self.until = until
+        self.narrows = not (topics is None and since is None and until is None)
 
-    def match(self, header: layout.Header) -> bool:
+    def match(self, blocks: layout.Header | runs.Span) -> bool:
         return (
-            (self.mask is None or bool(header.topics & self.mask))
-            and (self.since is None or header.max_time >= self.since)
-            and (self.until is None or header.min_time <= self.until)
+            (self.mask is None or bool(blocks.topics & self.mask))
+            and (self.since is None or blocks.max_time >= self.since)
+            and (self.until is None or blocks.min_time <= self.until)
         )
+
+
+_Taken = tuple[layout.Header, layout.Excerpt]

@@ -18,7 +18,7 @@ import msgspec
 from tapebus.blocks import BlockView, corr_hash, sort_run
 from tapebus.errors import CorruptError
 from tapebus.events import DeadLetter
-from tapebus_store import books, layout
+from tapebus_store import books, layout, runs
 from tapebus_store.pages import LEAF, OVERFLOW, Meta, Node, PageFile, Tree
 from tapebus_store.preflight import NAMES, tape_record, verify
 
@@ -320,7 +320,7 @@ class Salvage:
                     size += len(value)
                     if name == "corr":
                         record.corr_bytes += len(value)
-                        self._levels.append((layout.key_seq(key), layout.run_level(value)))
+                        self._levels.append((layout.key_seq(key), runs.level_of(value)))
                     if size >= COMMIT_BYTES:
                         more = True
                         break
@@ -335,7 +335,7 @@ class Salvage:
         unpack = zstandard.ZstdDecompressor()
         for seq in sorted(self.blocks):
             header = self.blocks[seq].header
-            block = layout.decode_block(header, self._value(self.blocks[seq])[layout.HEADER_SIZE :], unpack)
+            block = layout.decode_block(header, layout.excerpt(header, self._value(self.blocks[seq])), unpack)
             view = BlockView(block.payload, seq)
             entries = []
             for place in range(view.count):
@@ -343,10 +343,11 @@ class Salvage:
                 if correlation:
                     hashed = corr_hash(correlation)
                     entries.append(hashed.to_bytes(4, "little") + place.to_bytes(4, "little"))
-            if entries:
-                key = layout.seq_key(seq)
-                level = 1 if header.flags & layout.SEALED else 0
-                yield key, layout.encode_run(key, sort_run(b"".join(entries)), level)
+            key, run = layout.seq_key(seq), sort_run(b"".join(entries))
+            if header.flags & layout.SEALED:
+                yield key, runs.encode(key, run, 1, runs.span_of_block(header))
+            elif entries:
+                yield key, runs.encode(key, run, 0)
 
     def _move_cursors(self) -> None:
         """Let no cursor stand inside a hole: behind it there is nothing left to handle."""

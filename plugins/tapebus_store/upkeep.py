@@ -13,7 +13,7 @@ from tapebus.blocks import MAX_WAIT_S, merge_payloads, merge_runs
 from tapebus.errors import CorruptError
 from tapebus.failpoints import failpoint
 from tapebus.store import Block, boot_id
-from tapebus_store import books, layout
+from tapebus_store import books, layout, runs
 from tapebus_store.ages import Ages
 from tapebus_store.environment import Environment
 
@@ -126,7 +126,7 @@ class Upkeep:
             if self._is_large(header) or (blocks and not _continues(blocks[-1], header)):
                 return False
             try:
-                blocks.append(layout.decode_block(header, bytes(value[layout.HEADER_SIZE :]), self._expand))
+                blocks.append(layout.decode_block(header, layout.excerpt(header, value), self._expand))
             except CorruptError:
                 return False
             self._read_bytes += len(value)
@@ -147,14 +147,15 @@ class Upkeep:
         if self._read:
             self._replace(txn, tape, self._read)
         else:
-            first = tape.sealed_to + 1
-            self._adopt(txn, tape)
-            if tape.sealed_to >= first:
-                tape.runs += self._merge_range(txn, tape, first, tape.sealed_to, 1)
+            spans = self._adopt(txn, tape)
+            if spans:
+                found = self._take_runs(txn, tape, spans[0].first, spans[-1].last)
+                tape.runs += self._put_run(txn, tape, found, 1, runs.join(spans))
         failpoint("store.in_seal")
 
-    def _adopt(self, txn: lmdb.Transaction, tape: books.TapeRecord) -> None:
+    def _adopt(self, txn: lmdb.Transaction, tape: books.TapeRecord) -> list[runs.Span]:
         """Count the oldest hot blocks as sealed: a damaged one, or as many large ones as there are in a row."""
+        spans: list[runs.Span] = []
         with txn.cursor(self._env.dbs["blocks"]) as cursor:
             found = cursor.set_range(layout.seq_key(tape.sealed_to + 1))
             for n in range(ADOPT_BLOCKS):
@@ -170,7 +171,9 @@ class Upkeep:
                 tape.hot_raw -= header.raw_length
                 tape.sealed_blocks += 1
                 tape.sealed_to = header.last_seq
+                spans.append(runs.span_of_block(header))
                 found = cursor.next() and large
+        return spans
 
     def _replace(self, txn: lmdb.Transaction, tape: books.TapeRecord, blocks: list[Block]) -> None:
         """Put one sealed block in the place of `blocks`, the oldest hot ones."""
@@ -199,14 +202,16 @@ class Upkeep:
         tape.hot_raw -= raw
         tape.sealed_blocks += 1
         tape.sealed_to = merged.last_seq
-        tape.runs += self._merge_range(txn, tape, merged.first_seq, merged.last_seq, 1)
+        found = self._take_runs(txn, tape, merged.first_seq, merged.last_seq)
+        tape.runs += self._put_run(txn, tape, found, 1, runs.span_of_block(merged))
 
     # -- the correlation index ------------------------------------------------------------------
 
     def _merge(self, txn: lmdb.Transaction, tape: books.TapeRecord) -> None:
         """Merge the oldest runs of level 1 into one of level 2."""
         last, count = self._oldest_runs(txn, tape)
-        self._merge_range(txn, tape, tape.merged_to + 1, last, 2)
+        found = self._take_runs(txn, tape, tape.merged_to + 1, last)
+        self._put_run(txn, tape, found, 2, runs.merge_spans(found))
         tape.merged_to, tape.runs = last, tape.runs - count if last < tape.sealed_to else 0
         failpoint("store.in_merge")
 
@@ -218,25 +223,38 @@ class Upkeep:
             while found and layout.key_seq(cursor.key()) <= tape.sealed_to:
                 if count == MERGE_RUNS:
                     return layout.key_seq(cursor.key()) - 1, count
-                count += layout.run_level(cursor.value()) == 1
+                count += runs.level_of(cursor.value()) == 1
                 found = cursor.next()
         return tape.sealed_to, count
 
-    def _merge_range(self, txn: lmdb.Transaction, tape: books.TapeRecord, first: int, last: int, level: int) -> int:
-        """Merge the runs that begin within `first`..`last`; returns how many are left of them (0 or 1)."""
+    def _take_runs(
+        self, txn: lmdb.Transaction, tape: books.TapeRecord, first: int, last: int
+    ) -> list[tuple[bytes, bytes]]:
+        """Remove the runs that begin within `first`..`last`; their keys and values."""
         found: list[tuple[bytes, bytes]] = []
         with txn.cursor(self._env.dbs["corr"]) as cursor:
             more = cursor.set_range(layout.seq_key(first))
             while more and layout.key_seq(cursor.key()) <= last:
-                key, value = bytes(cursor.key()), cursor.value()
-                found.append((key, bytes(layout.decode_run(key, value))))
-                tape.corr_bytes -= len(value)
+                found.append((bytes(cursor.key()), bytes(cursor.value())))
+                tape.corr_bytes -= len(found[-1][1])
                 more = cursor.delete() and len(cursor.key()) > 0
-        if not found:
+        return found
+
+    def _put_run(
+        self,
+        txn: lmdb.Transaction,
+        tape: books.TapeRecord,
+        found: list[tuple[bytes, bytes]],
+        level: int,
+        span: runs.Span | None,
+    ) -> int:
+        """Write one run with the entries of the stored runs `found`; returns how many were written (0 or 1)."""
+        if span is None and not found:
             return 0
-        key = found[0][0]
+        key = layout.seq_key(span.first) if span is not None else found[0][0]
         base = layout.key_seq(key)
-        value = layout.encode_run(key, merge_runs([(run, layout.key_seq(at) - base) for at, run in found]), level)
+        entries = [(bytes(runs.entries_of(at, run)), layout.key_seq(at) - base) for at, run in found]
+        value = runs.encode(key, merge_runs(entries), level, span)
         txn.put(key, value, db=self._env.dbs["corr"])
         tape.corr_bytes += len(value)
         return 1
@@ -309,7 +327,7 @@ class Upkeep:
         """Remove each run whose successor begins at or before the first kept block."""
         with txn.cursor(self._env.dbs["corr"]) as cursor:
             while cursor.first():
-                key, size, level = cursor.key(), len(cursor.value()), layout.run_level(cursor.value())
+                key, size, level = cursor.key(), len(cursor.value()), runs.level_of(cursor.value())
                 if not cursor.next() or layout.key_seq(cursor.key()) > kept_from:
                     return
                 txn.delete(key, db=self._env.dbs["corr"])

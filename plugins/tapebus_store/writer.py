@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from tapebus.errors import ConfigError, CorruptError, StoreError, StoreFull, TapebusError
 from tapebus.failpoints import failpoint
 from tapebus.store import Block, Commit, Unit
-from tapebus_store import books, layout
+from tapebus_store import books, layout, runs
 from tapebus_store.environment import InstanceLock, MiB
 from tapebus_store.pages import PageFile
 from tapebus_store.quarantine import CLOSED, DAMAGED, FAILED, SHORT_RUN_S, Mark, read_mark, spoil_mark, write_mark
@@ -119,7 +119,7 @@ class LmdbStore(LmdbReader):
         self._upkeep = Upkeep(self._env, self._config, self._put)
         if ages is not None:
             self._upkeep.keep_time(books.decode_ages(ages))
-        if version is None or self._mirror_is_empty():
+        if version is None or books.is_older(version) or self._mirror_is_empty():
             failpoint("store.created")
             self._durably(self._write_first)
 
@@ -269,7 +269,7 @@ class LmdbStore(LmdbReader):
             key = layout.seq_key(block.first_seq)
             txn.put(key, value, db=dbs["blocks"], append=True)
             if block.corr:
-                run = layout.encode_run(key, block.corr, 0)
+                run = runs.encode(key, block.corr, 0)
                 txn.put(key, run, db=dbs["corr"], append=True)
                 tape.corr_bytes += len(run)
             tape.last_seq = block.last_seq

@@ -429,13 +429,13 @@ def test_the_first_acknowledgement_after_a_kill_does_not_wait_for_the_length_of_
 def test_a_tape_of_a_newer_version_is_refused_with_one_line_and_left_alone(make_bus):
     bus = make_bus(STORE)
     store = LmdbStore(bus.data_dir, StoreConfig())
-    store._durably(lambda txn, tape: store._put(txn, "meta", b"version", b"tapebus 2.0"))
+    store._durably(lambda txn, tape: store._put(txn, "meta", b"version", b"tapebus 99.0"))
     store.close()
     before = (bus.data_dir / "tape" / "data.mdb").read_bytes()
     for command in ("run", "query"):
         refused = tapebus(bus, command)
         assert refused.returncode == 74
-        assert "written by store version 2.0" in refused.stderr.splitlines()[-1]
+        assert "written by store version 99.0" in refused.stderr.splitlines()[-1]
         assert "upgrade tapebus" in refused.stderr.splitlines()[-1]
     assert (bus.data_dir / "tape" / "data.mdb").read_bytes() == before
 
