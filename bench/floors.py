@@ -35,7 +35,7 @@ import zmq
 import zstandard
 from bench.load import DISTINCT, envelope, laps, mix
 from bench.peers.peer import PATIENCE_S, Ledger, Wrong, union
-from bench.peers.processes import BATCH, Producers, directory
+from bench.peers.processes import BATCH, Producers, directory, frames_of
 from bench.peers.zeromq import pulling
 
 from tapebus.store import Block
@@ -104,25 +104,19 @@ def _array(events: list[bytes], as_json: bool) -> bytes:
 def _receive(kind: str, batch: int, count: int) -> dict[str, Any]:
     """pyzmq's ``recv`` in a loop, from two producers over a Unix socket. What it costs beyond libzmq is paid once a
     frame; with one event a frame the producers, in Python too, are about as quick."""
-    ledger, frames = Ledger(), []
+    ledger = Ledger()
     with pulling() as (socket, endpoint), Producers(kind, endpoint, count) as producers:
         producers.go()
         socket.poll(PATIENCE_S * 1e3)
         ledger.start()
-        receive, done = socket.recv, frames.append
+        receive, done = socket.recv, ledger.handled.append
         with suppress(zmq.Again):
-            for _ in range(_frames(count, batch)):
+            for _ in range(frames_of(count, batch)):
                 done(receive())
         ledger.stop()
-        split = msgspec.msgpack.Decoder(list[msgspec.Raw]).decode
-        ledger.handled = frames if batch == 1 else [bytes(raw) for frame in frames for raw in split(frame)]
-        found = ledger.result(producers.sent())
-        return {"events_per_s": found["events_per_s"], "frames_per_s": found["events_per_s"] / batch}
-
-
-def _frames(count: int, batch: int) -> int:
-    """How many frames two producers send: each of them fills its own."""
-    return sum(-(-(count // 2 + (i < count % 2)) // batch) for i in range(2))
+        if batch > 1:
+            ledger.unpack()
+        return {"events_per_s": ledger.result(producers.sent())["events_per_s"]}
 
 
 # -- disk -------------------------------------------------------------------------------------------------------------

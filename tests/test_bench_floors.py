@@ -15,7 +15,7 @@ if str(ROOT) not in sys.path:
 
 from bench import floors  # noqa: E402
 from bench.peers import Wrong  # noqa: E402
-from bench.peers.processes import BATCH  # noqa: E402
+from bench.peers.processes import BATCH, frames_of  # noqa: E402
 
 from tapebus_store import layout  # noqa: E402
 
@@ -43,8 +43,8 @@ def test_the_blocks_hold_every_event_in_the_form_that_the_tape_stores():
 
 @pytest.mark.parametrize(("count", "frames"), [(200, 2), (201, 3), (2, 2), (1_050, 12)])
 def test_two_producers_fill_their_own_frames(count, frames):
-    assert floors._frames(count, BATCH) == frames
-    assert floors._frames(count, 1) == count
+    assert frames_of(count, BATCH) == frames
+    assert frames_of(count, 1) == count
 
 
 def test_a_medium_that_keeps_something_else_is_found(monkeypatch):

@@ -24,8 +24,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar
 
-from bench.peers.peer import PATIENCE_S, Kind, Ledger, Peer, Skipped, Wrong, decoder, percentiles
-from bench.peers.processes import FLOW, STREAM, WINDOW, Producers, directory, free_port, server
+from bench.peers.peer import PATIENCE_S, Kind, Ledger, Peer, Skipped, Wrong, decoder, list_decoder, percentiles
+from bench.peers.processes import BATCH, FLOW, STREAM, WINDOW, Producers, directory, frames_of, free_port, server
 
 ACK_EVERY = 500
 ACK_PENDING = 20_000
@@ -107,8 +107,10 @@ class JetStreamFast(Peer):
 
     kind: ClassVar[Kind] = "durable"
 
-    def __init__(self, name: str, way: str, sync: str, promise: str, **settings: Any) -> None:
+    def __init__(self, name: str, way: str, sync: str, promise: str, events: int = 1, **settings: Any) -> None:
         self.name, self._way, self._sync, self.promise, self._settings = name, way, sync, promise, settings
+        #: Events a message.
+        self._events = events
 
     @property
     def version(self) -> str:
@@ -116,7 +118,9 @@ class JetStreamFast(Peer):
         return f"{told.strip().replace(':', '')}, nats-py {version('nats-py')}"
 
     def throughput(self, count: int) -> dict[str, Any]:
-        decode, ledger = decoder(), Ledger()
+        packed = self._events > 1
+        decode, ledger = list_decoder() if packed else decoder(), Ledger()
+        expected = frames_of(count, self._events)
         handled = ledger.handled.append
 
         def handle(raw: bytes) -> None:
@@ -124,16 +128,19 @@ class JetStreamFast(Peer):
                 ledger.start()
             decode(raw)
             handled(raw)
-            if len(ledger.handled) == count:
+            if len(ledger.handled) == expected:
                 ledger.stop()
 
         with serving(self._sync) as url, Producers(self._way, url, count) as producers:
-            asyncio.run(consume(url, count, producers.go, handle, ACK_EVERY))
+            asyncio.run(consume(url, expected, producers.go, handle, ACK_EVERY))
+            if packed:
+                ledger.unpack()
             return ledger.result(
                 producers.sent(),
                 sync_interval=self._sync or "2m (default)",
                 transport="tcp",
                 storage="file",
+                events_per_message=self._events,
                 ack_policy="all",
                 ack_every=ACK_EVERY,
                 **self._settings,
@@ -167,6 +174,16 @@ PEERS = [
         "in the file, synced: what was acknowledged survives a power cut",
         publish="atomic batches",
         batch=FLOW,
+        in_flight=WINDOW,
+    ),
+    JetStreamFast(
+        "jetstream-packed",
+        "jetstream-packed",
+        "",
+        f"100 events are one message to it; {_CACHED}",
+        BATCH,
+        publish="fast ingest",
+        flow=FLOW,
         in_flight=WINDOW,
     ),
 ]

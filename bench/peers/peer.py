@@ -93,6 +93,11 @@ class Ledger:
         """The last event was handled."""
         self._ended = time.perf_counter()
 
+    def unpack(self) -> None:
+        """What was handled were MessagePack arrays: make it the events in them."""
+        split = msgspec.msgpack.Decoder(list[msgspec.Raw]).decode
+        self.handled = [bytes(raw) for array in self.handled for raw in split(array)]
+
     def check(self, sent: dict[str, tuple[int, int]], as_json: bool = False) -> None:
         """Compare with what the producers say they sent: source → count and chain. Raises `Wrong`."""
         expected = sum(count for count, _ in sent.values())

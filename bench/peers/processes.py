@@ -17,10 +17,12 @@ from typing import Any
 from bench.harness import Child, Wrong
 
 PRODUCERS = 2
-#: What producers and consumers agree on: the name of the stream or subject, commands of a pipeline to Redis and events
-#: of a batch frame, messages that JetStream acknowledges at once, and how many of them may wait for it.
+#: What producers and consumers agree on: the name of the stream or subject; commands of a pipeline to Redis, and events
+#: of a batch frame; commands of a pipeline whose entries hold a batch each; messages that JetStream acknowledges at
+#: once, and how many of them may wait for it.
 STREAM = "events"
 BATCH = 100
+PACKED_PIPELINE = 10
 FLOW, WINDOW = 500, 2000
 _START_S = 15.0
 _PR_SET_PDEATHSIG = 1
@@ -72,13 +74,22 @@ def server(command: Sequence[str], log: Path, ready: Callable[[], bool]) -> Iter
         _end(process)
 
 
+def shares(count: int, number: int = PRODUCERS) -> list[int]:
+    """`count` events spread over so many producers."""
+    return [count // number + (i < count % number) for i in range(number)]
+
+
+def frames_of(count: int, batch: int) -> int:
+    """How many frames of up to `batch` events the producers fill, each its own."""
+    return sum(-(-part // batch) for part in shares(count))
+
+
 class Producers:
     """Processes that send `count` events between them; ready when the block begins, sending after `go`."""
 
     def __init__(self, kind: str, endpoint: str, count: int, number: int = PRODUCERS) -> None:
         self._all: list[Child] = []
-        shares = [count // number + (i < count % number) for i in range(number)]
-        for seed, part in enumerate(shares, 1):
+        for seed, part in enumerate(shares(count, number), 1):
             self._all.append(Child("bench.peers.producers", kind, endpoint, str(part), str(seed)))
 
     def __enter__(self) -> Producers:

@@ -20,7 +20,7 @@ from zlib import crc32
 
 import msgspec
 from bench.load import DISTINCT, envelope, laps, mix
-from bench.peers.processes import BATCH, FLOW, STREAM, WINDOW
+from bench.peers.processes import BATCH, FLOW, PACKED_PIPELINE, STREAM, WINDOW
 
 #: Events a second of the paced producers.
 RATE = 1000
@@ -31,10 +31,15 @@ def _frames(count: int, seed: int, encode: Callable[[Any], bytes]) -> tuple[str,
     return source, [encode(envelope(event, source)) for event in laps(mix(seed, min(count, DISTINCT)), count)]
 
 
-def _batches(frames: list[bytes]) -> Iterator[list[bytes]]:
+def _batches(frames: list[bytes], size: int) -> Iterator[list[bytes]]:
     rest = iter(frames)
-    while batch := list(islice(rest, BATCH)):
+    while batch := list(islice(rest, size)):
         yield batch
+
+
+def _packed(frames: list[bytes]) -> list[bytes]:
+    """MessagePack arrays of `BATCH` events."""
+    return [b"\xdc" + len(batch).to_bytes(2, "big") + b"".join(batch) for batch in _batches(frames, BATCH)]
 
 
 def _begin() -> None:
@@ -84,11 +89,7 @@ def push(endpoint: str, frames: list[bytes]) -> None:
 
 def push_batches(endpoint: str, frames: list[bytes]) -> None:
     """MessagePack arrays of `BATCH` events a frame, as our Publisher sends them."""
-    batches = [b"\xdc" + len(batch).to_bytes(2, "big") + b"".join(batch) for batch in _batches(frames)]
-    with _pushing(endpoint) as socket:
-        _begin()
-        for each in batches:
-            socket.send(each)
+    push(endpoint, _packed(frames))
 
 
 def push_paced(endpoint: str, count: int, encode: Callable[[Any], bytes] = msgspec.msgpack.encode) -> None:
@@ -113,15 +114,20 @@ def _redis(endpoint: str) -> Any:
     return client
 
 
-def redis_streams(endpoint: str, frames: list[bytes]) -> None:
-    """XADD in pipelines of `BATCH` commands; the next one when all of them are answered."""
+def redis_streams(endpoint: str, frames: list[bytes], pipeline: int = BATCH) -> None:
+    """XADD in pipelines of `pipeline` commands; the next one when all of them are answered."""
     client = _redis(endpoint)
     _begin()
-    for batch in _batches(frames):
+    for batch in _batches(frames, pipeline):
         with client.pipeline(transaction=False) as pipe:
             for frame in batch:
                 pipe.xadd(STREAM, {"e": frame})
             pipe.execute()
+
+
+def redis_packed(endpoint: str, frames: list[bytes]) -> None:
+    """`BATCH` events an entry."""
+    redis_streams(endpoint, _packed(frames), PACKED_PIPELINE)
 
 
 def redis_paced(endpoint: str, count: int) -> None:
@@ -182,6 +188,11 @@ async def _fast_ingest(client: Any, frames: list[bytes]) -> None:
     await acks.until(lambda: "count" in acks.last)
     if acks.last["count"] != len(frames):
         sys.exit(f"the server stored {acks.last['count']} of {len(frames)}")
+
+
+async def _fast_packed(client: Any, frames: list[bytes]) -> None:
+    """`BATCH` events a message."""
+    await _fast_ingest(client, _packed(frames))
 
 
 async def _atomic(client: Any, frames: list[bytes]) -> None:
@@ -245,8 +256,10 @@ KINDS: dict[str, Callable[[str, list[bytes]], None]] = {
     "push-json": push,
     "push-batches": push_batches,
     "redis": redis_streams,
+    "redis-packed": redis_packed,
     "jetstream": _jetstream(_publish_async),
     "jetstream-fast": _jetstream(_fast_ingest),
+    "jetstream-packed": _jetstream(_fast_packed),
     "jetstream-atomic": _jetstream(_atomic),
 }
 PACED: dict[str, Callable[[str, int], None]] = {

@@ -17,8 +17,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar
 
-from bench.peers.peer import PATIENCE_S, Kind, Ledger, Peer, Skipped, Wrong, decoder, percentiles
-from bench.peers.processes import BATCH, STREAM, Producers, directory, server
+from bench.peers.peer import PATIENCE_S, Kind, Ledger, Peer, Skipped, Wrong, decoder, list_decoder, percentiles
+from bench.peers.processes import BATCH, PACKED_PIPELINE, STREAM, Producers, directory, frames_of, server
 
 GROUP = "bench"
 READ = 1000
@@ -64,10 +64,12 @@ class Entries:
             raise Wrong(f"{pending} entries were read and not acknowledged")
 
 
-class RedisStreams(Peer):
-    """One setting of appendfsync."""
+class RedisPacked(Peer):
+    """`BATCH` events an entry: as quick as it gets, and Redis does not know the events any more."""
 
     kind: ClassVar[Kind] = "durable"
+    #: Events an entry, the producer that makes such, and commands of its pipelines.
+    _events, _way, _pipeline = BATCH, "redis-packed", PACKED_PIPELINE
 
     def __init__(self, name: str, fsync: str, promise: str) -> None:
         self.name, self._fsync, self.promise = name, fsync, promise
@@ -95,8 +97,10 @@ class RedisStreams(Peer):
                     client.close()
 
     def throughput(self, count: int) -> dict[str, Any]:
-        decode, ledger = decoder(), Ledger()
-        with self._serving() as (client, socket), Producers("redis", socket, count) as producers:
+        packed = self._events > 1
+        decode, ledger = list_decoder() if packed else decoder(), Ledger()
+        expected = frames_of(count, self._events)
+        with self._serving() as (client, socket), Producers(self._way, socket, count) as producers:
             entries = Entries(client)
             producers.go()
             batch = entries.next()
@@ -105,17 +109,30 @@ class RedisStreams(Peer):
                 for raw in batch:
                     decode(raw)
                 ledger.handled += batch
-                if len(ledger.handled) >= count:
+                if len(ledger.handled) >= expected:
                     break
                 batch = entries.next()
             ledger.stop()
             entries.finish()
             sent = producers.sent()
-            if client.xlen(STREAM) != count:
-                raise Wrong(f"the stream has {client.xlen(STREAM)} of {count} events")
+            if client.xlen(STREAM) != expected:
+                raise Wrong(f"the stream has {client.xlen(STREAM)} of {expected} entries")
+            if packed:
+                ledger.unpack()
             return ledger.result(
-                sent, appendfsync=self._fsync, transport="unix socket", pipeline=BATCH, read_count=READ, group=True
+                sent,
+                appendfsync=self._fsync,
+                transport="unix socket",
+                events_per_entry=self._events,
+                pipeline=self._pipeline,
+                read_count=READ,
             )
+
+
+class RedisStreams(RedisPacked):
+    """One event an entry."""
+
+    _events, _way, _pipeline = 1, "redis", BATCH
 
     def latency(self, count: int) -> dict[str, Any]:
         decode, seconds = decoder(), []
@@ -129,13 +146,12 @@ class RedisStreams(Peer):
             return percentiles(seconds, count)
 
 
+_CACHED = "in the server's memory, on its way to the file: a power cut takes up to a second of it, a kill -9 nothing"
+_SYNCED = "in the append-only file, synced: what was acknowledged survives a power cut"
+
 PEERS = [
-    RedisStreams(
-        "redis-everysec",
-        "everysec",
-        "in the server's memory, on its way to the file: a power cut takes up to a second of it, a kill -9 nothing",
-    ),
-    RedisStreams(
-        "redis-always", "always", "in the append-only file, synced: what was acknowledged survives a power cut"
-    ),
+    RedisStreams("redis-everysec", "everysec", _CACHED),
+    RedisStreams("redis-always", "always", _SYNCED),
+    RedisPacked("redis-everysec-packed", "everysec", f"100 events are one entry to it; {_CACHED}"),
+    RedisPacked("redis-always-packed", "always", f"100 events are one entry to it; {_SYNCED}"),
 ]

@@ -12,10 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, ClassVar
 
-import msgspec
 import zmq
 from bench.peers.peer import PATIENCE_S, Kind, Ledger, Peer, decoder, list_decoder, percentiles
-from bench.peers.processes import Producers, directory
+from bench.peers.processes import BATCH, Producers, directory, frames_of
 
 HWM = 10_000
 
@@ -77,21 +76,19 @@ class PushPullBatches(_Pull):
     name = "pyzmq-batches"
 
     def throughput(self, count: int) -> dict[str, Any]:
-        decode, ledger, frames = list_decoder(), Ledger(), []
+        decode, ledger = list_decoder(), Ledger()
         with pulling() as (socket, endpoint), Producers("push-batches", endpoint, count) as producers:
             producers.go()
             socket.poll(PATIENCE_S * 1e3)
             ledger.start()
-            done = 0
             with suppress(zmq.Again):
-                while done < count:
+                for _ in range(frames_of(count, BATCH)):
                     frame = socket.recv()
-                    done += len(decode(frame))
-                    frames.append(frame)
+                    decode(frame)
+                    ledger.handled.append(frame)
             ledger.stop()
-            split = msgspec.msgpack.Decoder(list[msgspec.Raw]).decode
-            ledger.handled = [bytes(raw) for frame in frames for raw in split(frame)]
-            return ledger.result(producers.sent(), hwm=HWM, transport="ipc", events_per_frame=100)
+            ledger.unpack()
+            return ledger.result(producers.sent(), hwm=HWM, transport="ipc", events_per_frame=BATCH)
 
 
 PEERS = [PushPull(), PushPullBatches()]
