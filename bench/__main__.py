@@ -54,14 +54,14 @@ class Progress:
         return out.rstrip()
 
 
-def everything(size: plan.Size, results: plan.Results) -> list[plan.Bench]:
+def everything(size: plan.Size, results: plan.Results, ticks: list[str]) -> list[plan.Bench]:
     """In the order in which they take their turns: what is compared runs side by side."""
     return [
         *throughput.BENCHES,
         *throughput.others(results),
         *latency.BENCHES,
         *topologies.benches(size),
-        *query.benches(size),
+        *query.benches(size, ticks),
     ]
 
 
@@ -72,6 +72,12 @@ def everything(size: plan.Size, results: plan.Results) -> list[plan.Bench]:
 @click.option("--rounds", type=click.IntRange(1), help="How often each is repeated, in turn with the others.")
 @click.option("--events", type=click.IntRange(1000), help="Events of each throughput line.")
 @click.option("--only", multiple=True, metavar="NAME", help="Only those that begin with NAME or fit it; repeatable.")
+@click.option(
+    "--ticks",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Also measure the bytes at rest of these recorded quotes (as `tapebus replay` reads them); repeatable.",
+)
 @click.option("--list", "listing", is_flag=True, help="Name all benchmarks and end.")
 @click.option("--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="Where the figures go.")
 @click.pass_context
@@ -81,6 +87,7 @@ def main(
     rounds: int | None,
     events: int | None,
     only: tuple[str, ...],
+    ticks: tuple[Path, ...],
     listing: bool,
     file: Path | None,
 ) -> None:
@@ -93,7 +100,7 @@ def main(
     chosen = plan.SIZES[size or "default"]
     chosen = replace(chosen, rounds=rounds or chosen.rounds, events=events or chosen.events)
     results = plan.Results()
-    benches = plan.chosen(everything(chosen, results), only)
+    benches = plan.chosen(everything(chosen, results, [str(each.resolve()) for each in ticks]), only)
     if listing:
         for each in benches:
             click.echo(f"{each.name:24} {each.what}")

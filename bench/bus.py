@@ -51,7 +51,7 @@ class Answers:
                 behind = {fence.consumer.name: fence.cursor for fence in fences if fence.cursor < last}
                 return {"error": f"up to {last} events are on the tape, but these consumers stand at {behind}"}
             time.sleep(0.001)
-        return {"at": time.monotonic()}
+        return {"at": time.monotonic(), "last": last}
 
     def open_signals(self, count: int) -> dict[str, Any]:
         """Put `count` signals on the bus that stay open."""
@@ -75,7 +75,7 @@ class Answers:
 
 def main(config_file: str, probes: str) -> None:
     config = Config.load(Path(config_file), environ={})
-    made = [KINDS[each.pop("kind")](**each) for each in json.loads(probes)]
+    made: list[Probe] = [KINDS[each.pop("kind")](**each) for each in json.loads(probes)]
     logging.basicConfig(level=logging.ERROR)
     limits.apply(config.bus.memory_limit_mb)
     with Runtime(config, plugins=[(probe.name, plugin(probe)) for probe in made]) as runtime:

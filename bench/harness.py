@@ -23,6 +23,8 @@ from tapebus import Tape
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 300.0
+#: Seconds without a change after which upkeep has nothing left to seal.
+SEALED_S = 3.0
 FIVE = ("schema", "store", "outcomes", "slots", "telegram")
 STANDING = 200
 #: What the bus calls the account of everybody who does not number his events.
@@ -134,6 +136,7 @@ class Bus(Child):
             if standing and "outcomes" in plugins:
                 self.ask("open_signals", count=standing)
                 self.settle({"tapebus": standing})
+                self.quiet()
         except BaseException:
             self.kill()
             shutil.rmtree(self._own, ignore_errors=True)
@@ -157,6 +160,27 @@ class Bus(Child):
         """When (`time.monotonic`) so many events of each source were on disk and through all consumers."""
         at: float = self.ask("settle", stored=stored, ignore=ignore, patience=patience)["at"]
         return at
+
+    def quiet(self) -> None:
+        """Wait until nothing that plugins derive comes any more."""
+        last = -1
+        while last != (last := self.ask("settle", stored={}, ignore=(), patience=PATIENCE)["last"]):
+            time.sleep(0.1)
+
+    def sealed(self) -> dict[str, float]:
+        """The figures of the store once upkeep has sealed what it can; it may leave a few events for later."""
+        begun = changed = time.monotonic()
+        store: dict[str, float] = {}
+        while time.monotonic() - changed < SEALED_S:
+            before, store = store, self.ask("stats")["store"]
+            if store["blocks_hot"] == 0:
+                break
+            if before.get("blocks_hot") != store["blocks_hot"]:
+                changed = time.monotonic()
+            if changed - begun > PATIENCE:
+                raise Wrong(f"after {PATIENCE:.0f} s {store['blocks_hot']} blocks are not sealed")
+            time.sleep(0.2)
+        return store
 
     def cpu(self) -> float:
         """Seconds of CPU the process has used so far, by the kernel's clock of that process."""

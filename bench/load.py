@@ -5,8 +5,11 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from zlib import crc32
+
+from tapebus.replay import Recording
 
 #: Price at the start in points, digits after the point, usual spread in points.
 MARKET = {
@@ -43,7 +46,7 @@ def mix(seed: int, count: int, symbols: tuple[str, ...] = SYMBOLS) -> list[Event
     """
     draw = random.Random(seed)
     chance = draw.random
-    market = [[name, *MARKET[name], 10.0 ** MARKET[name][1]] for name in symbols]
+    market: list[list[Any]] = [[name, *MARKET[name], 10.0 ** MARKET[name][1]] for name in symbols]
     places = len(market)
     out: list[Event] = []
     for i in range(count):
@@ -65,6 +68,24 @@ def mix(seed: int, count: int, symbols: tuple[str, ...] = SYMBOLS) -> list[Event
         else:
             user = f"user_{int(chance() * 400)}"
             out.append(("user_action", {"user_id": user, "action": ACTIONS[int(chance() * 6)]}, None))
+    return out
+
+
+def recorded(files: list[str], seed: int, count: int) -> list[Event]:
+    """The mix with the quotes of recorded ticks, file by file in turn, until the first file ends or `count`.
+
+    Signals and user actions stay those of the mix. The files are what ``tapebus replay`` reads.
+    """
+    recordings = [iter(Recording(Path(file))) for file in files]
+    out: list[Event] = []
+    for event in mix(seed, count):
+        if event[0] == "market_data":
+            tick = next(recordings[len(out) % len(recordings)], None)
+            if tick is None:
+                break
+            quote = {name: tick.data[name] for name in ("symbol", "bid", "ask")}
+            event = event[0], {**quote, "volume": event[1]["volume"]}, None
+        out.append(event)
     return out
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 import zmq
-from bench.load import DISTINCT, Event, digest_sent, envelope, laps, mix, renamed
+from bench.load import DISTINCT, Event, digest_sent, envelope, laps, mix, recorded, renamed
 
 #: Events, and bytes of text, a producer keeps in flight at most, so that nothing is dropped for want of memory.
 WINDOW, WINDOW_BYTES = 40_000, 8 << 20
@@ -28,7 +28,7 @@ class Load(msgspec.Struct):
     """What one producer sends: `kind` is ``publisher``, ``msgpack`` or ``json`` (plain PUSH), or ``paced``.
 
     `symbols` are its share of the market, `only` one event type, `batch` the events of a PUSH frame, `padding` the
-    bytes of a text in each event instead of the mix.
+    bytes of a text in each event instead of the mix, `ticks` recorded files whose quotes are the mix's.
     """
 
     kind: str
@@ -40,6 +40,7 @@ class Load(msgspec.Struct):
     only: str = ""
     batch: int = 1
     padding: int = 0
+    ticks: list[str] = []
     at_once: bool = False
 
     def events(self) -> list[Event]:
@@ -47,6 +48,8 @@ class Load(msgspec.Struct):
         count = min(self.count, DISTINCT)
         if self.padding:
             return padded(self.seed, min(count, 64 * 1024 * 1024 // self.padding), self.padding)
+        if self.ticks:
+            return recorded(self.ticks, self.seed, count)
         options = (tuple(self.symbols),) if self.symbols else ()
         if self.only:
             return [event for event in mix(self.seed, count * 10 // 8 + 100, *options) if event[0] == self.only][:count]

@@ -2,48 +2,43 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 from bench.harness import Bus, Skipped, Wrong, drive, loads
+from bench.load import DISTINCT, recorded
 from bench.longtape import long_tape
 from bench.plan import Bench, Figures, Size
+from bench.producers import Load
 
 from tapebus import Tape
-
-#: Seconds without a change after which what is still unsealed is taken for too little to seal.
-QUIET_S = 5.0
-PATIENCE_S = 120.0
 
 
 def rest(size: Size) -> Figures:
     """The mix through the whole bus, then the tape as it lies there once upkeep has sealed and merged it."""
     with Bus() as bus:
-        drive(bus, loads(bus, "publisher", 2, size.events))
-        store = sealed(bus)
-        return {
-            "bytes_per_event": store["bytes_per_event"],
-            "raw_bytes_per_event": store["raw_bytes"] / store["events"],
-            "index_bytes_per_event": store["index_bytes"] / store["events"],
-            "file_bytes_per_event": store["bytes_on_disk"] / store["events"],
-        }
+        return at_rest(bus, loads(bus, "publisher", 2, size.events))
 
 
-def sealed(bus: Bus) -> dict[str, float]:
-    """The figures of the store when upkeep has done what it can."""
-    deadline = changed = time.monotonic()
-    deadline += PATIENCE_S
-    store: dict[str, float] = {}
-    while time.monotonic() - changed < QUIET_S:
-        before, store = store, bus.ask("stats")["store"]
-        if store["blocks_hot"] == 0:
-            break
-        if before.get("blocks_hot") != store["blocks_hot"]:
-            changed = time.monotonic()
-        if changed > deadline:
-            raise Wrong(f"after {PATIENCE_S:.0f} s {store['blocks_hot']} blocks are not sealed")
-        time.sleep(0.2)
-    return store
+def rest_of(ticks: list[str]) -> Callable[[Size], Figures]:
+    """The same with recorded quotes instead of those that walk at random, one after the other and none twice."""
+
+    def run(size: Size) -> Figures:
+        count = len(recorded(ticks, 1, min(size.events, DISTINCT)))
+        with Bus() as bus:
+            return at_rest(bus, loads(bus, "publisher", 1, count, ticks=ticks))
+
+    return run
+
+
+def at_rest(bus: Bus, sent: list[Load]) -> Figures:
+    drive(bus, sent)
+    store = bus.sealed()
+    return {
+        "bytes_per_event": store["bytes_per_event"],
+        "raw_bytes_per_event": store["raw_bytes"] / store["events"],
+        "index_bytes_per_event": store["index_bytes"] / store["events"],
+        "file_bytes_per_event": store["bytes_on_disk"] / store["events"],
+    }
 
 
 def ask(events: int) -> Callable[[Size], Figures]:
@@ -81,10 +76,11 @@ def length(events: int) -> str:
     return f"{events // 1_000_000}M" if events % 1_000_000 == 0 else f"{events // 1000}k"
 
 
-def benches(size: Size) -> list[Bench]:
+def benches(size: Size, ticks: list[str]) -> list[Bench]:
     """Bytes at rest, and the questions at each length that `size` names."""
     return [
         Bench("rest", "bytes an event of the mix takes once it is sealed", rest, rounds=False),
+        *([Bench("rest-ticks", "the same with recorded quotes", rest_of(ticks), rounds=False)] if ticks else []),
         *(
             Bench(f"query-{length(events)}", f"questions to a tape of {events:,} events", ask(events), rounds=False)
             for events in size.tape

@@ -60,6 +60,20 @@ def test_levels_of_standing_signals_are_far_from_every_price_of_the_mix() -> Non
         assert low < min(prices[data["symbol"]]) and max(prices[data["symbol"]]) < high
 
 
+def test_recorded_quotes_take_the_place_of_those_that_walk_and_none_comes_twice(tmp_path: Path) -> None:
+    file = tmp_path / "ticks.jsonl"
+    bids = [1.0 + n / 1000 for n in range(50)]
+    line = {"event_type": "market_data", "timestamp": 1_700_000_000.0, "source": "recorded"}
+    file.write_text(
+        "".join(json.dumps({**line, "data": {"symbol": "EURUSD", "bid": bid, "ask": 2.0}}) + "\n" for bid in bids)
+    )
+    events = load.recorded([str(file)], 7, 1_000)
+    assert [data["bid"] for kind, data, _ in events if kind == "market_data"] == bids
+    assert [event for event in load.mix(7, len(events)) if event[0] != "market_data"] == [
+        event for event in events if event[0] != "market_data"
+    ]
+
+
 @pytest.mark.parametrize("change", ["one is missing", "two are swapped", "a value differs"])
 def test_the_digest_changes_when(change: str) -> None:
     events = load.mix(7, 100)
