@@ -13,10 +13,9 @@ import random
 import sys
 import time
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
 
-from bench.longtape import BEGAN, PERIOD, STEP_S, chain, correlation, health_ends, long_tape
+from bench.longtape import BEGAN, PERIOD, PLACES, STEP_S, chain, correlation, health_ends, long_tape
 
 from tapebus import Tape
 
@@ -35,12 +34,16 @@ def _of_signal(events: int) -> Ask:
     return ask
 
 
-def _newest(topic: str, first_of_last: Callable[[int], int]) -> Ask:
+def _newest(topic: str, expected: range) -> Ask:
+    """`expected` are the places of the newest ones, or where they must lie if their places were drawn."""
+
     def ask(tape: Tape, draw: random.Random) -> list[int]:
         begun = time.perf_counter()
-        found = [event.bus_seq for event in islice(tape.read(topics=[topic], reverse=True), LAST)]
+        found = [event.bus_seq for event in tape.read(topics=[topic], last=LAST)]
         _spent.append(time.perf_counter() - begun)
-        return [] if len(found) <= LAST and found[0] >= first_of_last(tape.last_seq) else found
+        exact = len(expected) == LAST
+        right = found == list(expected) if exact else len(found) == LAST and set(found) < set(expected)
+        return [] if right and found == sorted(found) else found
 
     return ask
 
@@ -67,14 +70,20 @@ def _stats(tape: Tape, draw: random.Random) -> list[int]:
 _spent: list[float] = []
 
 
+def every(last: int, events: int) -> range:
+    """`LAST` places a period apart, the newest one that of `last` in its period; that of the tape if `last` is less."""
+    newest = last if last > PERIOD else (events - last) // PERIOD * PERIOD + last
+    return range(newest - (LAST - 1) * PERIOD, newest + 1, PERIOD)
+
+
 def asks(events: int) -> dict[str, Ask]:
     """What is asked of a tape of `events` events, by name; each returns what was wrong."""
     return {
         "correlation_id": _of_signal(events),
-        "last 1,000 market_data": _newest("market_data", lambda last: last - LAST * 2),
-        "last 1,000 user_action": _newest("user_action", lambda last: last - PERIOD),
-        "last 1,000 signal_generated": _newest("signal_generated", lambda last: last - PERIOD),
-        "last 1,000 system_health, gone since": _newest("system_health", lambda last: health_ends(events)),
+        "last 1,000 market_data": _newest("market_data", range(events - 2 * LAST, events + 1)),
+        "last 1,000 user_action": _newest("user_action", range(events - 30 * PERIOD, events + 1)),
+        "last 1,000 signal_generated": _newest("signal_generated", every(PLACES["signal_generated"] + 1, events)),
+        "last 1,000 system_health, gone since": _newest("system_health", every(health_ends(events), events)),
         "since, until: 1,000 events": _between(events),
         "stats": _stats,
     }

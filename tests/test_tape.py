@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import tapebus_store
 from tapebus import hookimpl
+from tapebus.cli import main
 from tapebus.errors import StoreError
 from tapebus.events import DeadLetter, EventType
 from tapebus.store import Commit
@@ -90,6 +91,7 @@ def test_registered_types_come_back_typed_and_others_as_they_are(tape: Tape) -> 
     who=st.sampled_from([None, None, "sig_0", "sig_4", "nobody"]),
     limit=st.one_of(st.none(), st.integers(0, 20)),
     reverse=st.booleans(),
+    last=st.one_of(st.none(), st.integers(0, 20)),
 )
 @settings(max_examples=150, deadline=None)
 def test_read_returns_exactly_what_a_scan_of_all_events_would(
@@ -101,6 +103,7 @@ def test_read_returns_exactly_what_a_scan_of_all_events_would(
     who: str | None,
     limit: int | None,
     reverse: bool,
+    last: int | None,
 ) -> None:
     def wanted(event: dict[str, Any]) -> bool:
         name, at = event["event_type"], event["timestamp"]
@@ -112,9 +115,11 @@ def test_read_returns_exactly_what_a_scan_of_all_events_would(
         )
 
     expected = [seq for seq in range(after + 1, 101) if wanted(wire(seq))]
+    if last is not None:
+        expected = expected[max(0, len(expected) - last) :]
     if reverse:
         expected.reverse()
-    found = tape.read(after, topics, since, until, who, limit, reverse)
+    found = tape.read(after, topics, since, until, who, limit, reverse, last)
     assert [event.bus_seq for event in found] == (expected if limit is None else expected[:limit])
 
 
@@ -181,3 +186,18 @@ def test_a_closed_tape_says_so(tmp_path: Path) -> None:
     tape.close()
     with pytest.raises(StoreError, match="closed"):
         list(tape.read())
+
+
+def test_query_prints_the_newest_in_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = open_store(tmp_path)
+    write(store, 1, 30)
+    store.close()
+
+    def query(*options: str) -> list[int]:
+        assert main(["query", "--json", "--data-dir", str(tmp_path), *options]) == 0
+        return [msgspec.json.decode(line)["bus_seq"] for line in capsys.readouterr().out.splitlines()]
+
+    assert query("--last", "3") == [28, 29, 30]
+    assert query("--last", "3", "--topic", "market.*") == [25, 26, 29, 30][1:]
+    assert query("--last", "3", "--reverse", "--limit", "2") == [30, 29]
+    assert query("--last", "0") == []

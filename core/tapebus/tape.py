@@ -7,7 +7,7 @@ import os
 import select
 import time
 from collections.abc import Callable, Iterable, Iterator
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -165,19 +165,22 @@ class Tape:
         correlation_id: str | None = None,
         limit: int | None = None,
         reverse: bool = False,
+        last: int | None = None,
     ) -> Iterator[Any]:
         """Typed events with ``bus_seq > after`` in bus order, newest first if `reverse`.
 
         The iteration ends at what was the newest event when it began. `topics` are exact,
         ``prefix.*`` or ``*``. `since` and `until` are event times in Unix seconds, ``since <= t < until``.
-        `limit` is the greatest number of events. Raises `CorruptError` where stored bytes are damaged.
+        With `last` only the newest so many of all that match; they are held in memory. `limit` is the greatest number
+        of events. Raises `CorruptError` where stored bytes are damaged.
         """
         chosen = _as_list(topics)
-        found = self._read(after, self.last_seq, chosen, since, until, correlation_id, reverse)
-        for count, event in enumerate(found if limit != 0 else ()):
-            yield event
-            if limit is not None and count + 1 >= limit:
-                return
+        backwards = reverse or last is not None
+        found = self._read(after, self.last_seq, chosen, since, until, correlation_id, backwards)
+        if last is not None:
+            newest = list(_first(found, last))
+            found = iter(newest if reverse else newest[::-1])
+        yield from found if limit is None else _first(found, limit)
 
     def follow(
         self,
@@ -261,6 +264,11 @@ class Tape:
             return
         found = ((block, among) for block, among in self._reader.blocks_of(correlation_id) if block.last_seq > after)
         yield from reversed(list(found)) if reverse else found
+
+
+def _first(events: Iterator[Any], count: int) -> Iterator[Any]:
+    """The first `count` of `events`, without looking for one more."""
+    return islice(events, max(0, count))
 
 
 def _as_list(topics: Iterable[str] | None) -> list[str] | None:

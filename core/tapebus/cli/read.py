@@ -15,6 +15,7 @@ from tapebus.errors import UsageError
 @click.command()
 @filters
 @click.option("--after", type=click.IntRange(min=0), default=0, help="Only events with a greater bus_seq.")
+@click.option("--last", type=click.IntRange(min=0), help="Only the newest so many of them, in order.")
 @click.option("--limit", type=click.IntRange(min=0), help="At most this many events.")
 @click.option("--reverse", is_flag=True, help="Newest first.")
 @json_option
@@ -26,6 +27,7 @@ def query(
     until: float | None,
     correlation_id: str | None,
     after: int,
+    last: int | None,
     limit: int | None,
     reverse: bool,
     as_json: bool,
@@ -41,6 +43,7 @@ def query(
             correlation_id=correlation_id,
             limit=limit,
             reverse=reverse,
+            last=last,
         )
         for event in found:
             sys.stdout.write(show(event) + "\n")
@@ -99,9 +102,9 @@ def tail(
     with open_tape(config) as tape:
         if after is None:
             last = tape.last_seq
-            newest = [event for event in tape.read(topics=chosen, limit=lines, reverse=True) if event.bus_seq <= last]
-            for event in reversed(newest):
-                sys.stdout.write(show(event) + "\n")
+            for event in tape.read(topics=chosen, last=lines):
+                if event.bus_seq <= last:
+                    sys.stdout.write(show(event) + "\n")
             after = last
         sys.stdout.flush()
         for event in tape.follow(after=after, topics=chosen):
