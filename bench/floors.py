@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -38,8 +39,11 @@ from bench.peers.peer import PATIENCE_S, Ledger, Wrong, union
 from bench.peers.processes import BATCH, Producers, directory, frames_of
 from bench.peers.zeromq import pulling
 
+from tapebus._ingest import Ingest
+from tapebus._ring import Ring
+from tapebus._topics import Topics
 from tapebus.store import Block
-from tapebus.tapewriter import MAX_BLOCK_BYTES
+from tapebus.tapewriter import MAX_BLOCK_BYTES, MAX_BLOCK_EVENTS
 from tapebus_store import layout
 
 PASSES = 3
@@ -122,17 +126,39 @@ def _receive(kind: str, batch: int, count: int) -> dict[str, Any]:
 # -- disk -------------------------------------------------------------------------------------------------------------
 
 
+def _packed(events: list[bytes]) -> list[Block]:
+    """The blocks that the bus makes of `events`, by its own ring and ingest, full ones but the last."""
+    ring = Ring(Topics())
+    producer = ring.producer(b"floor".ljust(16), 0, "floor", sequenced=False)
+    ingest = Ingest(ring, 1)
+    thread = threading.Thread(target=ingest.run, daemon=True)
+    thread.start()
+    blocks: list[Block] = []
+    done = 0
+    try:
+        for part in _parts(events, BATCH):
+            ring.inject(_array(part, False), producer)
+        while done < len(events):
+            if not ring.wait(round(PATIENCE_S * 1e3)):
+                raise Wrong(f"{done} of {len(events)} events were packed")
+            if ring.fill[1] < MAX_BLOCK_BYTES and ring.received_count < len(events):
+                time.sleep(0.001)
+                continue
+            packed = ring.pack(MAX_BLOCK_BYTES, MAX_BLOCK_EVENTS)
+            if packed is not None and packed[0] is not None:
+                blocks.append(packed[0])
+                done += packed[0].count
+    finally:
+        ingest.stop()
+        thread.join()
+    return blocks
+
+
 def _blocks(count: int) -> list[tuple[int, bytes]]:
     """The events as stored blocks: first ``bus_seq``, and the block as the tape puts it."""
     compressor = zstandard.ZstdCompressor(level=1)
-    events = _encoded(count, msgspec.msgpack.encode)
-    size = max(1, MAX_BLOCK_BYTES * count // sum(map(len, events)))
-    out, seq = [], 1
-    for part in _parts(events, size):
-        block = Block(seq, len(part), 0.0, 0.0, 0.0, 0.0, 0, b"".join(part))
-        out.append((seq, layout.encode_block(block, compressor)))
-        seq += len(part)
-    return out
+    blocks = _packed(_encoded(count, msgspec.msgpack.encode))
+    return [(block.first_seq, layout.encode_block(block, compressor)) for block in blocks]
 
 
 def _commit(count: int) -> dict[str, Any]:
