@@ -59,6 +59,9 @@ class Answers:
             self.runtime.publish(event_type, data, correlation_id=correlation_id, source="opener")
         return {}
 
+    def commits(self) -> dict[str, int]:
+        return {"commits": self.runtime.tape.commits}
+
     def stats(self) -> dict[str, Any]:
         return self.runtime.stats()
 

@@ -113,6 +113,7 @@ class Bus(Child):
         standing: int = STANDING,
         data_dir: Path | None = None,
         drain_s: float = 5.0,
+        commit_interval_ms: float = 0.0,
     ) -> None:
         self._own = Path(tempfile.mkdtemp(prefix="tb-"))
         self.data_dir = data_dir or self._own / "data"
@@ -125,6 +126,7 @@ class Bus(Child):
         file = self._own / "bench.toml"
         file.write_text(
             f"[bus]\ndata_dir = {json.dumps(str(self.data_dir))}\ndrain_s = {drain_s}\n"
+            f"commit_interval_ms = {commit_interval_ms}\n"
             f'[listen]\nfeed = "{feed}"\ningest = "{self.push}"\nacked = ["{acked}", "{self.ipc}"]\n'
             f"[plugins]\nenabled = {json.dumps(plugins)}\n"
         )

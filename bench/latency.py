@@ -16,6 +16,8 @@ QUANTILES = {"p50": 0.5, "p99": 0.99, "p999": 0.999}
 #: Messages of plain pyzmq that are not counted: the connection is being made.
 WARM = 100
 SETTLE_S = 3.0
+#: Distances of commits to trade delay for CPU with.
+INTERVALS_MS = (2, 10, 50)
 
 
 def percentiles(seconds: list[float], scale: float, suffix: str, prefix: str = "") -> Figures:
@@ -27,24 +29,25 @@ def percentiles(seconds: list[float], scale: float, suffix: str, prefix: str = "
     }
 
 
-def through(deliver: str = "") -> Callable[[Size], Figures]:
+def through(deliver: str = "", commit_interval_ms: float = 0.0) -> Callable[[Size], Figures]:
     """Latency to a consumer, what the bus and the caller paid for it."""
 
     def run(size: Size) -> Figures:
         if deliver and not EARLY:
             raise Skipped("this version has no Consumer(deliver=…)")
         probe = {"kind": "latency", "name": "probe", **({"deliver": deliver, "mode": "thread"} if deliver else {})}
-        with Bus([probe]) as bus:
+        with Bus([probe], commit_interval_ms=commit_interval_ms) as bus:
             count = size.paced_events
             producer = Producer(Load("paced", bus.ipc, count, "bench-paced"))
             try:
                 producer.ready()
                 bus.settle({"bench-paced": 1})
                 bus.ask("forget")
-                cpu, begun = bus.cpu(), time.monotonic()
+                commits, cpu, begun = bus.ask("commits")["commits"], bus.cpu(), time.monotonic()
                 producer.say("go")
                 producer.sent()
                 busy, took = bus.cpu() - cpu, time.monotonic() - begun
+                commits = bus.ask("commits")["commits"] - commits
                 bus.settle({"bench-paced": count + 1})
                 seconds = bus.ask("probed")["probe"]["seconds"]
                 producer.say("go")
@@ -53,9 +56,15 @@ def through(deliver: str = "") -> Callable[[Size], Figures]:
                 producer.close()
             if len(seconds) != count:
                 raise Wrong(f"the probe saw {len(seconds)} of {count} events")
-            return {
+            figures = {
                 **percentiles(seconds, 1e3, "ms"),
                 "cpu_percent": busy / took * 100,
+                "commits_per_s": commits / took,
+            }
+            if commit_interval_ms:
+                return figures
+            return {
+                **figures,
                 **percentiles(calls["paced"], 1e6, "us", "publish_"),
                 **percentiles(calls["burst"], 1e6, "us", "publish_burst_"),
             }
@@ -112,9 +121,15 @@ def idle(size: Size) -> Figures:
         }
 
 
+def spaced(interval_ms: float) -> Bench:
+    what = f"the same with bus.commit_interval_ms = {interval_ms:g}"
+    return Bench(f"latency-every-{interval_ms:g}ms", what, through(commit_interval_ms=interval_ms), rounds=False)
+
+
 BENCHES = [
     Bench("latency", "publish → plugin after the fsync, at 1,000 events/s; cost of publish(); CPU", through()),
     Bench("latency-early", "the same to a consumer with deliver='early'", through("early")),
+    *map(spaced, INTERVALS_MS),
     Bench("pyzmq-ipc", "plain pyzmq, one way, at 1,000 messages/s", plain("ipc")),
     Bench("pyzmq-tcp", "plain pyzmq, one way, at 1,000 messages/s", plain("tcp")),
     Bench("idle", "CPU and memory of a bus that nobody talks to, time until it is ready", idle, rounds=False),

@@ -117,6 +117,7 @@ class Results:
 
 UNITS = {
     "events_per_s": "events/s",
+    "commits_per_s": "commits/s",
     "mb_per_s": "MB/s",
     "us_per_event": "µs/event",
     "bytes_per_event": "B/event",

@@ -20,6 +20,7 @@ UNTOLD = (".took_s",)
 SECTIONS = (
     ("Throughput", ("publisher", "push-")),
     ("Latency and cost at 1,000 events/s", ("latency", "pyzmq", "idle")),
+    ("One commit of one event", ("commit-",)),
     ("Shapes of flow", ("one-to-", "four-to-", "pipeline", "diamond", "slow-consumer")),
     ("What grows with a size", ("batch-", "payload-", "plugins-", "signals-")),
     ("The tape", ("rest", "query-")),

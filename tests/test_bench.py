@@ -14,7 +14,20 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # bench is part of the repository, not of what is installed
 
-from bench import harness, load, machine, plan, plots, producers, report, targets, throughput, topologies  # noqa: E402
+from bench import (  # noqa: E402
+    commits,
+    harness,
+    latency,
+    load,
+    machine,
+    plan,
+    plots,
+    producers,
+    report,
+    targets,
+    throughput,
+    topologies,
+)
 
 from tapebus import Publisher  # noqa: E402
 
@@ -163,6 +176,16 @@ def test_a_bus_that_dies_is_reported_and_not_waited_for() -> None:
         bus.process.kill()
         with pytest.raises(harness.Wrong, match=r"bench\.bus ended"):
             bus.ask("stats")
+
+
+def test_commits_are_counted_and_keep_the_distance_they_are_given():
+    # a hundred events, one a millisecond: two commits more than fit into that time belong to its two ends
+    assert 0 < latency.through(commit_interval_ms=50)(TINY)["commits_per_s"] <= 1 / 0.05 + 2 / 0.1
+
+
+@pytest.mark.parametrize("bench", commits.BENCHES, ids=lambda bench: bench.name)
+def test_each_way_to_commit_leaves_all_its_records(bench):
+    assert bench.run(TINY)["cpu_us"] > 0
 
 
 @pytest.mark.parametrize("shape", [topologies.pipeline, topologies.diamond], ids=["pipeline", "diamond"])
