@@ -318,7 +318,7 @@ def test_while_the_tape_stands_still_unacknowledged_frames_are_shed_and_counted(
     bench = make(entries=4)
     for n in range(1, 5):
         bench.push.send(msgspec.msgpack.encode(event(n)))
-    wait_until(lambda: bench.ring.fill[0] == 4, "the ring to fill")
+    wait_until(lambda: bench.ring.received_count == 4, "the ring to fill")
     for n in range(5, 9):
         bench.push.send(msgspec.msgpack.encode(event(n)))
     wait_until(lambda: bench.ingest.shed == 4, "four frames to be shed")
@@ -326,6 +326,32 @@ def test_while_the_tape_stands_still_unacknowledged_frames_are_shed_and_counted(
     bench.push.send(msgspec.msgpack.encode(event(9)))
     assert msgspec.msgpack.decode(bench.raws(1)[0])["data"]["n"] == 9, "once it moves again nothing is shed"
     assert (bench.ingest.shed, bench.ingest.malformed, bench.ring.received_count) == (4, 0, 5)
+
+
+def test_small_frames_that_come_together_keep_their_order_among_large_padded_broken_and_batch_frames(make):
+    bench = make(max_frame=1 << 16)
+    sent, expected = [], []
+    for n in range(600):
+        one = {**event(n), "data": {"n": n, "text": "x" * (5000 if n % 50 == 49 else n % 7)}}
+        plain, packed = json.dumps(one).encode(), msgspec.msgpack.encode(one)
+        if n % 10 == 3:
+            sent += [b"junk", b" \n" + plain + b" \n"]
+            expected.append(plain)
+        elif n % 10 == 6:
+            sent.append(b"[" + plain + b" , " + plain + b"]")
+            expected += [plain, plain]
+        elif n % 10 == 8:
+            sent.append(b"\x93" + packed * 3)
+            expected += [packed] * 3
+        else:
+            sent.append(packed)
+            expected.append(packed)
+    for each in sent:
+        bench.push.send(each)
+    assert bench.raws(len(expected)) == expected
+    assert (bench.ingest.malformed, bench.ring.received_count) == (60, len(expected))
+    assert bench.ring.account(bench.legacy).stored == len(expected)
+    assert bench.ring.fill == (0, 0)
 
 
 def test_a_connection_speaks_for_the_producer_it_introduced_last(make):
@@ -421,10 +447,10 @@ def test_a_flood_of_unnumbered_frames_leaves_room_for_producers_that_number_thei
     for n in range(100):
         bench.push.send(json.dumps(event(n)).encode())
     # 13 of the 16 places are for everybody
-    wait_until(lambda: bench.ring.fill[0] == 13, "the flood to take its share")
+    wait_until(lambda: bench.ring.received_count == 13, "the flood to take its share")
     bench.batch(1, 2)
     bench.batch(3, 2)
-    wait_until(lambda: bench.ring.fill[0] == 15, "the batches to take theirs")
+    wait_until(lambda: bench.ring.received_count == 17, "the batches to take theirs")
     bench.commit()
     assert bench.ack()[0] == 4
     assert bench.book.stored == 4

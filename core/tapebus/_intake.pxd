@@ -6,7 +6,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from tapebus._ring cimport Ring, entry_t
 from tapebus._rights cimport RightsTable
-from tapebus._scan cimport items_t
+from tapebus._scan cimport item_t, items_t
 
 # A socket the thread reads. `peers` says how a peer's rights are found; `rights` are everybody's where they
 # do not depend on the peer. `prefix` (malloc'ed) turns a bare payload into an event: for JSON the text
@@ -30,6 +30,11 @@ cdef class Intake:
         Ring ring
         RightsTable rights
         items_t items                  # what `scan` found last
+        uint32_t gathered              # events of small frames that wait to be published together, all of one producer
+        uint32_t gathered_size
+        int64_t gathered_us            # when the first of them was received
+        item_t *gathered_items         # malloc'ed once, as are their bytes
+        uint8_t *gathered_data
         uint32_t max_frame
         uint32_t max_events
         int64_t tail_seen
@@ -41,6 +46,8 @@ cdef class Intake:
     cdef bint has_legacy_room(self) noexcept nogil
     cdef bint stalled(self) noexcept nogil
     cdef int scan(self, const uint8_t *data, size_t size, uint8_t rights) noexcept nogil
+    cdef bint gather(self, uint32_t producer, const uint8_t *data, uint32_t size, int64_t received_us) noexcept nogil
+    cdef void publish_gathered(self, uint32_t producer) noexcept nogil
     cdef bint take_items(self, entry_t *entry, uint32_t skip) noexcept nogil
     cdef void sample_scan(self, const uint8_t *data, size_t size, int error) noexcept nogil
     cdef void sample(self, const uint8_t *data, size_t size, const char *reason) noexcept nogil

@@ -92,6 +92,7 @@ cdef class Ring:
         int64_t head                # next entry to fill; written by ingest
         int64_t tail                # next entry to pack; written by the tape thread
         int64_t bytes_in            # bytes held by entries between tail and head
+        int64_t unnumbered_in       # events in them whose producers do not number them
         readonly int64_t max_bytes
         int64_t stopping
         bell_t tape_bell

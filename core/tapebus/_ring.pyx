@@ -117,6 +117,8 @@ cdef class Ring:
 
     cdef void publish(self, entry_t *entry) noexcept nogil:
         tb_add(&self.bytes_in, <int64_t>entry.size)
+        if not self.producers[entry.producer].sequenced:
+            tb_add(&self.unnumbered_in, entry.n)
         self.received += entry.n
         tb_store(&self.head, self.head + 1)
         bell_ring(&self.tape_bell)
@@ -326,7 +328,7 @@ cdef class Ring:
         cdef columns_t to
         cdef entry_t *entry
         cdef item_t *item
-        cdef uint32_t i, k = 0, c = 0
+        cdef uint32_t i, k = 0, c = 0, begun, ended
         cdef uint8_t *out
         cdef corr_t *run
         cdef int64_t j, before
@@ -351,10 +353,14 @@ cdef class Ring:
                 if before == 0:
                     to.head.base_us = entry.received_us
                     before = entry.received_us
+                begun = ended = entry.items[0].offset
                 for i in range(entry.n):
                     item = &entry.items[i]
-                    memcpy(out, entry.data + item.offset, item.size)
-                    out += item.size
+                    if item.offset != ended:
+                        memcpy(out, entry.data + begun, ended - begun)
+                        out += ended - begun
+                        begun = item.offset
+                    ended = item.offset + item.size
                     to.size[k] = item.size
                     to.wait_us[k] = <uint32_t>(entry.received_us - before)
                     before = entry.received_us
@@ -376,6 +382,8 @@ cdef class Ring:
                         run[c].offset = k
                         c += 1
                     k += 1
+                memcpy(out, entry.data + begun, ended - begun)
+                out += ended - begun
             qsort(run, n_corr, CORR_SIZE, compare_corr)
             received = to.head.base_us / 1e6
         first_seq = self.next_seq
@@ -389,7 +397,7 @@ cdef class Ring:
         """Update the accounts and release the entries; the indexes of the producers that changed."""
         cdef entry_t *entry
         cdef producer_t *account
-        cdef int64_t j, size = 0
+        cdef int64_t j, size = 0, unnumbered = 0
         cdef double received
         changed = []
         received = self.entries[(last - 1) & self.mask].received_us / 1e6
@@ -417,6 +425,7 @@ cdef class Ring:
                     account.watermark = entry.producer_seq
                 else:
                     account.watermark += entry.n + entry.count
+                    unnumbered += entry.n
                 size += entry.size
                 if not account.dirty:
                     account.dirty = 1
@@ -424,6 +433,7 @@ cdef class Ring:
                         changed.append(<int>entry.producer)
                 self.release(entry)
             tb_add(&self.bytes_in, -size)
+            tb_add(&self.unnumbered_in, -unnumbered)
             tb_store(&self.tail, last)
         for index in changed:
             self.producers[<uint32_t>index].dirty = 0
