@@ -56,7 +56,7 @@ def _type(
     **extra: tuple[str, ...],
 ) -> EventType:
     """One event type; `extra` adds spellings by canonical field to the common ones."""
-    fields = [field.name for field in msgspec.structs.fields(payload)]
+    fields = payload.__struct_fields__
     groups = {field: _COMMON.get(field, ()) + extra.get(field, ()) for field in fields}
     aliases = {alias: field for alias, field in spellings(groups).items() if alias not in fields}
     return EventType(

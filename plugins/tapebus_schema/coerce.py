@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from msgspec import Struct, inspect
@@ -154,21 +154,31 @@ class Prepare:
     ) -> None:
         self.aliases = dict(aliases)
         self.broker_offset = broker_offset
-        self.fields: dict[str, tuple[Coercion | None, bool]] = {}
-        self.times: set[str] = set()
-        for field in inspect.type_info(payload).fields:  # type: ignore[attr-defined]
+        self._payload = payload
+        self._nested = nested or {}
+
+    @cached_property
+    def _known(self) -> tuple[dict[str, tuple[Coercion | None, bool]], set[str]]:
+        """How to coerce each field and whether it is optional, and which are times.
+
+        Looked up at the first payload that needs it: for all types together it takes longer than opening a tape.
+        """
+        fields: dict[str, tuple[Coercion | None, bool]] = {}
+        times: set[str] = set()
+        for field in inspect.type_info(self._payload).fields:  # type: ignore[attr-defined]
             name = field.encode_name
-            self.fields[name] = (self._coercion(field.type, nested or {}), not field.required)
+            fields[name] = (self._coercion(field.type, self._nested), not field.required)
             if _is_time(field.type):
-                self.times.add(name)
-        self.keeps_broker_time = "broker_time" in self.fields
+                times.add(name)
+        return fields, times
 
     def __call__(self, data: dict[str, Any]) -> dict[str, Any]:
         """A new dict with canonical names and every value that could be interpreted."""
+        fields, times = self._known
         out = rename(data, self.aliases)
-        if "direction" in self.fields and str(out.get("direction")).lower() in _MESSAGES:
+        if "direction" in fields and str(out.get("direction")).lower() in _MESSAGES:
             del out["direction"]
-        for name, (coerce, optional) in self.fields.items():
+        for name, (coerce, optional) in fields.items():
             if name not in out:
                 continue
             value = out[name]
@@ -176,15 +186,15 @@ class Prepare:
                 del out[name]
             elif coerce is not None:
                 out[name] = coerce(value)
-        for name in self.times & out.keys():
-            self._broker_time(out, name)
+        for name in times & out.keys():
+            self._broker_time(out, name, "broker_time" in fields)
         return out
 
-    def _broker_time(self, out: dict[str, Any], name: str) -> None:
+    def _broker_time(self, out: dict[str, Any], name: str, has_place: bool) -> None:
         value = out[name]
         if not isinstance(value, str) or not _BROKER.fullmatch(value) or broker_seconds(value, 0) is None:
             return
-        keeps = self.keeps_broker_time and name in _OCCURRED
+        keeps = has_place and name in _OCCURRED
         if keeps:
             out.setdefault("broker_time", value)
         if self.broker_offset is not None:

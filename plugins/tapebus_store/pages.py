@@ -10,6 +10,7 @@ import struct
 import time
 from collections.abc import Iterator
 from itertools import pairwise
+from operator import lt
 from pathlib import Path
 from typing import NamedTuple
 
@@ -252,11 +253,12 @@ class PageFile:
     # -- trees ----------------------------------------------------------------------------------
 
     def walk(
-        self, root: int, budget: Budget | None = None, *, backwards: bool = False, values: bool = True
+        self, root: int, budget: Budget | None = None, *, backwards: bool = False, quick: bool = False
     ) -> Iterator[Node]:
         """The entries of a tree as far as pages are sound; what is not is noted in ``damage``.
 
-        `backwards` begins with the newest pages, entries within a leaf stay in order. See `leaf` for `values`.
+        `backwards` begins with the newest pages, entries within a leaf stay in order. With `quick` values on overflow
+        pages are not read, and the entries of sound leaves are left out.
         """
         if root == NO_PAGE:
             return
@@ -270,13 +272,33 @@ class PageFile:
                     raise CorruptError(f"page {number} is in use twice")
                 page = self.page(number)
                 if _HEAD.unpack_from(page)[2] == LEAF:
-                    yield from self._in_order(number, self.leaf(page, values), low, high)
+                    if not (quick and self._is_sound_leaf(page, low, high)):
+                        yield from self._in_order(number, self.leaf(page, not quick), low, high)
                     continue
                 children = self._children(number, page, depth, low, high)
             except CorruptError as error:
                 self.damage.append((number, str(error)))
                 continue
             waiting += children if backwards else reversed(children)
+
+    def _is_sound_leaf(self, page: bytes, low: bytes | None, high: bytes | None) -> bool:
+        """Whether `leaf` and `_in_order` would find nothing wrong with a leaf, in a fraction of their time."""
+        _, _, _, lower, upper = _HEAD.unpack_from(page)
+        if not HEAD <= lower <= upper <= self.page_size or lower % 2:
+            return False
+        places = struct.unpack_from(f"<{(lower - HEAD) // 2}H", page, HEAD)
+        if not places or min(places) < upper or max(places) > self.page_size - _NODE.size:
+            return False
+        keys = []
+        for at in places:
+            size, high_size, flags, key_size = _NODE.unpack_from(page, at)
+            data = at + _NODE.size + key_size
+            end = data + 8 if flags & BIGDATA else data + (size | high_size << 16)
+            if flags & ~(BIGDATA | SUBDATA) or end > self.page_size:
+                return False
+            keys.append(page[at + _NODE.size : data])
+        ordered = all(map(lt, keys, keys[1:]))
+        return ordered and (low is None or keys[0] >= low) and (high is None or keys[-1] < high)
 
     def _in_order(self, number: int, nodes: Iterator[Node], low: bytes | None, high: bytes | None) -> Iterator[Node]:
         before: bytes | None = None

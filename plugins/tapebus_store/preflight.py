@@ -66,7 +66,7 @@ def _look(file: PageFile) -> list[str]:
     # LMDB aborts the process at a page of the wrong kind; there is about one page for a hundred blocks
     budget = Budget(*QUICK)
     for tree in trees.values():
-        for _ in file.walk(tree.root, budget, backwards=True, values=False):
+        for _ in file.walk(tree.root, budget, backwards=True, quick=True):
             pass
     return _said(file)
 
