@@ -28,12 +28,12 @@ from tapebus._ring import Ring
 from tapebus._topics import Topics
 from tapebus.blocks import BlockView, crc32c
 from tapebus.codec import Codec, Fault
-from tapebus.consumer import Consumer
+from tapebus.consumer import Consumer, covers
 from tapebus.dispatcher import Dispatcher
 from tapebus.events import Registry
 from tapebus.fence import Fence, PluginContext
 from tapebus.judge import Judge
-from tapebus.store import Block, Commit, Unit
+from tapebus.store import Block, Commit, Unit, steady_clock
 from tapebus_store import layout
 
 FIVE = {
@@ -119,20 +119,20 @@ class Intake:
         self.ingest.run()  # stopped already, so it takes what is there and returns
         return self.ring.received_count
 
-    def pack(self) -> list[Block]:
+    def pack(self, size: int = BLOCK) -> list[Block]:
         """All blocks of what is in the ring."""
         found = []
-        while (packed := self.ring.pack(max_events=BLOCK)) is not None and packed[0] is not None:
+        while (packed := self.ring.pack(max_events=size)) is not None and packed[0] is not None:
             found.append(packed[0])
             self.ring.acknowledge(packed[2])
         return found
 
 
-def blocks(topics: Topics, frames: list[bytes], first_seq: int = 1) -> list[Block]:
+def blocks(topics: Topics, frames: list[bytes], first_seq: int = 1, size: int = BLOCK) -> list[Block]:
     """What the tape thread makes of these frames."""
     intake = Intake(topics, first_seq)
     intake.take(frames)
-    return intake.pack()
+    return intake.pack(size)
 
 
 def decoded(decoder: Codec, frames: list[bytes], first_seq: int = 1) -> list[Any]:
@@ -236,9 +236,9 @@ def pack(count: int) -> Task:
 class Store:
     """A store in a directory that goes with it."""
 
-    def __init__(self) -> None:
+    def __init__(self, **config: Any) -> None:
         self._directory = tempfile.mkdtemp(prefix="tb-")
-        opened = tapebus_store.tapebus_open_store(Path(self._directory), {}, False)
+        opened = tapebus_store.tapebus_open_store(Path(self._directory), config, False)
         assert isinstance(opened, tapebus_store.LmdbStore)
         self.store = opened
 
@@ -273,6 +273,23 @@ def commit(count: int) -> Task:
         return held.store.last_seq()
 
     return Task(run, lambda answer: equal(answer, count))
+
+
+def seal(count: int) -> Task:
+    """Small blocks, as a quiet bus leaves them, into large ones."""
+    held = Store(seal_events=BLOCK)
+    for block in blocks(codec().topics, batches(events(count)), size=BATCH):
+        held.store.commit(Commit([block]))
+
+    def run() -> int:
+        while held.store.maintain(steady_clock()):
+            pass
+        return int(held.store.stats()["blocks_hot"])
+
+    def check(answer: int) -> None:
+        equal((answer, sum(block.count for block in held.store.blocks(0))), (0, count))
+
+    return Task(run, check)
 
 
 # -- the way to the plugins ----------------------------------------------------------------------------------------
@@ -331,9 +348,9 @@ class Plugin:
         self.fence = Fence(consumer, name, self.context, 0, [], lambda unit, frame: None)
         before = decoded(decoder, batches(standing_signals(OPEN)))
         whole = decoded(decoder, batches(events(count)), OPEN + 1)
-        self.before = [event for event in before if event.event_type in consumer.topics]
+        self.before = [event for event in before if covers(consumer.topics, event.event_type)]
         self.lists = [
-            [event for event in whole[i : i + SLICE] if event.event_type in consumer.topics]
+            [event for event in whole[i : i + SLICE] if covers(consumer.topics, event.event_type)]
             for i in range(0, len(whole), SLICE)
         ]
         self.fence.offer(self.before, OPEN)
@@ -380,9 +397,18 @@ def slots(count: int) -> Task:
     def judged(plugin: Plugin) -> bool:
         figures = metrics(plugin)
         signals = sum(event.event_type == "signal_generated" for each in plugin.lists for event in each)
-        return int(figures["gate_verdicts"]) == OPEN + signals
+        return bool(figures["gate_verdicts"] == OPEN + signals)
 
     return handling("slots", count, judged)
+
+
+def telegram(count: int) -> Task:
+    """The handler of telegram, behind its fence, in a dry run; quotes are none of its topics."""
+
+    def shown(plugin: Plugin) -> bool:
+        return int(metrics(plugin)["dry_run"]) > OPEN
+
+    return handling("telegram", count, shown)
 
 
 def dispatch(count: int) -> Task:
@@ -425,10 +451,12 @@ WORKLOADS = [
     Workload("pack", pack),
     Workload("encode", encode),
     Workload("commit", commit),
+    Workload("seal", seal),
     Workload("decode", decode),
     Workload("decode-json", decode_json),
     Workload("judge", judge),
     Workload("outcomes", outcomes),
     Workload("slots", slots),
+    Workload("telegram", telegram),
     Workload("dispatch", dispatch),
 ]
