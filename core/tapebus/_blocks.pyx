@@ -196,25 +196,28 @@ cdef class BlockView:
         `among` names, ascending, the only indexes to look at. None stands for all.
         """
         cdef uint8_t *chosen = NULL
-        cdef uint32_t i
+        cdef uint32_t i, limit = 0
         found = []
         stop = min(stop, self.count)
         if topics is not None:
-            chosen = <uint8_t *>calloc(65536, 1)
+            limit = max(topics, default=0) + 1
+            chosen = <uint8_t *>calloc(limit, 1)
             if chosen == NULL:
                 raise MemoryError
         try:
             if chosen != NULL:
                 for number in topics:
-                    chosen[<uint16_t>number] = 1
+                    chosen[<uint32_t>number] = 1
             if among is None:
                 for i in range(start, stop):
-                    if chosen == NULL or chosen[self.columns.topic[i]]:
+                    if chosen == NULL or (self.columns.topic[i] < limit and chosen[self.columns.topic[i]]):
                         found.append(i)
             else:
                 for place in among:
                     i = place
-                    if start <= i < stop and (chosen == NULL or chosen[self.columns.topic[i]]):
+                    if start <= i < stop and (
+                        chosen == NULL or (self.columns.topic[i] < limit and chosen[self.columns.topic[i]])
+                    ):
                         found.append(i)
         finally:
             free(chosen)
@@ -337,9 +340,15 @@ def split_payload(bytes payload not None, uint64_t least, uint32_t others):
     Topics with fewer than `least` bytes come together under `others`.
     """
     cdef BlockView view = BlockView(payload, 0)
-    cdef uint64_t *sizes = <uint64_t *>calloc(65537, sizeof(uint64_t))
-    cdef uint8_t **to = <uint8_t **>calloc(65537, sizeof(uint8_t *))
-    cdef uint32_t i, topic
+    cdef uint64_t *sizes
+    cdef uint8_t **to
+    cdef uint32_t i, topic, shared = 0
+    for i in range(view.count):
+        shared = max(shared, view.columns.topic[i])
+    # one line more than there are topics, for what the small ones share
+    shared += 1
+    sizes = <uint64_t *>calloc(shared + 1, sizeof(uint64_t))
+    to = <uint8_t **>calloc(shared + 1, sizeof(uint8_t *))
     try:
         if sizes == NULL or to == NULL:
             raise MemoryError
@@ -355,7 +364,7 @@ def split_payload(bytes payload not None, uint64_t least, uint32_t others):
         for each in sorted(seen):
             topic = each
             if sizes[topic] < least:
-                sizes[65536] += sizes[topic]
+                sizes[shared] += sizes[topic]
                 to[topic] = NULL
                 small = True
             else:
@@ -363,14 +372,14 @@ def split_payload(bytes payload not None, uint64_t least, uint32_t others):
                 to[topic] = <uint8_t *>PyBytes_AS_STRING(piece)
                 found[topic] = piece
         if small:
-            piece = PyBytes_FromStringAndSize(NULL, sizes[65536])
-            to[65536] = <uint8_t *>PyBytes_AS_STRING(piece)
+            piece = PyBytes_FromStringAndSize(NULL, sizes[shared])
+            to[shared] = <uint8_t *>PyBytes_AS_STRING(piece)
             found[others] = piece
         with nogil:
             for i in range(view.count):
                 topic = view.columns.topic[i]
                 if to[topic] == NULL:
-                    topic = 65536
+                    topic = shared
                 memcpy(to[topic], view.columns.data + view.offsets[i], view.columns.size[i])
                 to[topic] += view.columns.size[i]
     finally:

@@ -177,10 +177,16 @@ class StoreReader(Protocol):
         until: float | None = None,
         reverse: bool = False,
     ) -> Iterator[Block]:
-        """Blocks that may hold events with ``bus_seq > after`` matching the filters, in order; holes are skipped."""
+        """Blocks that may hold events with ``bus_seq > after`` matching the filters, in order; holes are skipped.
+
+        With `topic_ids` the events of other types may be without their bytes.
+        """
 
     def blocks_of(self, correlation_id: str) -> Iterator[tuple[Block, list[int]]]:
-        """Blocks with the offsets of events that probably carry this correlation id (a hash match)."""
+        """Blocks with the offsets of events that probably carry this correlation id (a hash match).
+
+        Events at other offsets may be without their bytes.
+        """
 
     def producers(self) -> list[ProducerBook]: ...
     def books(self) -> tuple[int, list[ProducerBook], dict[str, int]]:
