@@ -6,7 +6,7 @@ import json
 
 import msgspec
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tapebus._scan import (
@@ -234,3 +234,41 @@ def test_text_that_is_not_utf8_is_marked_wherever_it_stands(encode, wrong):
         assert item["flags"] & NOT_UTF8_FLAG
     [item] = scan(Topics(), frame.replace(b"??", "é".encode()))
     assert not item["flags"] & NOT_UTF8_FLAG
+
+
+DECIMALS = st.builds(
+    lambda whole, fraction: f"{whole}.{fraction}" if fraction else str(whole),
+    st.integers(0, 10**12) | st.integers(1_600_000_000, 2_000_000_000),
+    st.text("0123456789", max_size=12),
+)
+
+
+@given(DECIMALS | st.floats(0, 1e18, allow_nan=False).map(repr) | st.integers(0, 1 << 64).map(str))
+@example("1763750000.1234567")
+@example("9007199254740993")
+@example("9007199254.740993")
+@example("9007199254740992.5")
+@settings(max_examples=1000)
+def test_a_time_in_json_is_the_nearest_double_as_every_decoder_reads_it(text):
+    found = scan(Topics(), b'{"event_type":"a","timestamp":%b}' % text.encode())
+    assert found[0]["time"] == float(text)
+
+
+SPECIAL = [b'"', b"\\", b"\x1f", b"\x00", b"\x7f", b"!", b"[", b"]", "é".encode(), "😀".encode()]
+
+
+@pytest.mark.parametrize("special", SPECIAL)
+def test_the_end_of_a_json_string_is_found_at_every_distance(special):
+    for before in range(20):
+        for after in range(20):
+            text = b"a" * before + special + b"b" * after
+            frame = b'{"event_type":"a","note":"%b","data":{}}' % text
+            try:
+                expected = isinstance(json.loads(frame), dict)
+            except ValueError:
+                expected = False
+            found = scan(Topics(), frame)
+            # what comes after a backslash is for the decoder to judge, where a string ends is not
+            assert isinstance(found, list) == (expected or (special == b"\\" and after > 0))
+            if isinstance(found, list):
+                assert (found[0]["offset"], found[0]["size"]) == (0, len(frame))

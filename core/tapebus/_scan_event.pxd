@@ -5,13 +5,14 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy
 
 from tapebus._scan cimport ALIASED, ERR_EVENT_TYPE, NOT_UTF8, UNTIMED, item_t
-from tapebus._topics cimport MAX_TOPIC_SIZE, SENDERS_TOPICS, Topics, hash_bytes
+from tapebus._topics cimport MAX_TOPIC_SIZE, SENDERS_TOPICS, Topics, hash_bytes, key_shape
 
 cdef struct scan_t:
     const uint8_t *end
     uint8_t flags
     int error
-    uint32_t keys[64]     # hashes of the payload's own keys
+    const uint8_t *keys[64]   # the payload's own keys, as they are spelled
+    uint32_t sizes[64]
     uint32_t n_keys
 
 cdef enum:
@@ -53,7 +54,8 @@ cdef inline void set_time(item_t *item, bint known, double time) noexcept nogil:
 
 cdef inline void remember_key(scan_t *s, const uint8_t *p, size_t n) noexcept nogil:
     if s.n_keys < 64:
-        s.keys[s.n_keys] = hash_bytes(p, n)
+        s.keys[s.n_keys] = p
+        s.sizes[s.n_keys] = <uint32_t>n
         s.n_keys += 1
     else:
         s.flags |= ALIASED
@@ -118,15 +120,20 @@ cdef inline int finish(Topics topics, scan_t *s, item_t *item, const uint8_t *na
     cdef uint32_t i
     if name == NULL or name_size < 1 or name_size > MAX_TOPIC_SIZE:
         return ERR_EVENT_TYPE
-    item.topic = topics.find(name, name_size, 0)
+    # most events are of the type of the one before
+    item.topic = topics.last
+    if topics.sizes[item.topic] != name_size or memcmp(topics.names[item.topic], name, name_size) != 0:
+        item.topic = topics.find(name, name_size, 0)
     if item.topic == 0:
         # a name is proved once, when it is new: what is stored must read back as it was written
         if not is_name(name, name_size):
             return ERR_EVENT_TYPE
         item.topic = topics.find(name, name_size, SENDERS_TOPICS)
-    if topics.has_alias[item.topic]:
+    topics.last = item.topic
+    if topics.alias_shapes[item.topic]:
         for i in range(s.n_keys):
-            if topics.is_alias(item.topic, s.keys[i]):
+            if topics.alias_shapes[item.topic] & key_shape(s.keys[i], s.sizes[i]) and (
+                    topics.is_alias(item.topic, hash_bytes(s.keys[i], s.sizes[i]))):
                 s.flags |= ALIASED
                 break
     item.flags |= s.flags

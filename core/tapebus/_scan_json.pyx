@@ -3,7 +3,7 @@
 
 from libc.math cimport isfinite
 from libc.stdlib cimport strtod
-from libc.stdint cimport uint8_t
+from libc.stdint cimport uint8_t, uint64_t
 from libc.string cimport memcmp, memcpy
 
 from tapebus._scan cimport (
@@ -15,11 +15,88 @@ from tapebus._scan_event cimport (
 )
 from tapebus._topics cimport MAX_TOPIC_SIZE, Topics, hash_bytes
 
+cdef extern from *:
+    """
+    #include <stdint.h>
+    #include <string.h>
+
+    #define EACH(b) (0x0101010101010101ull * (b))
+
+    /* The top bit of each of eight bytes that is a quote, a backslash or below 32. The lowest one set is exact; those above
+       it may not be. */
+    static inline uint64_t special_bytes(uint64_t v) {
+        uint64_t quote, slash;
+        #if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+        v = __builtin_bswap64(v);
+        #endif
+        quote = v ^ EACH(0x22);
+        slash = v ^ EACH(0x5c);
+        return (((quote - EACH(1)) & ~quote) | ((slash - EACH(1)) & ~slash) | ((v - EACH(0x20)) & ~v)) & EACH(0x80);
+    }
+
+    /* Which of them, in the order of memory, has the lowest mark. */
+    static inline int first_byte(uint64_t marks) {
+        return __builtin_ctzll(marks) >> 3;
+    }
+
+    /* The number of plain digits with an optional fraction from p to end, correctly rounded; 0 when it is anything else or
+       needs more care. */
+    static inline int plain_decimal(const uint8_t *p, const uint8_t *end, double *out) {
+        static const uint64_t tens[] = {1, 10, 100, 1000, 10000, 100000, 1000000, 10000000, 100000000, 1000000000};
+        const uint8_t *point = NULL;
+        uint64_t digits = 0, bits, mantissa;
+        __int128 rest;
+        int places, shift, i;
+        double found;
+        if (end - p < 1 || end - p > 19 || *p == '.' || end[-1] == '.') return 0;
+        for (; p < end; p++) {
+            if (*p == '.' && point == NULL) point = p;
+            else if ((uint8_t)(*p - '0') <= 9) digits = digits * 10 + (*p - '0');
+            else return 0;
+        }
+        places = point == NULL ? 0 : (int)(end - point - 1);
+        if (places > 9 || digits >> 62) return 0;
+        found = (double)digits / (double)tens[places];
+        if (digits >> 53) {
+            /* two roundings: found = mantissa / 2^shift is compared with the exact fraction, and moved to its neighbour */
+            memcpy(&bits, &found, 8);
+            shift = 1075 - (int)(bits >> 52);
+            if (shift < 1 || shift > 60) return 0;
+            mantissa = (bits & 0xfffffffffffffull) | 0x10000000000000ull;
+            for (i = 0; i < 2; i++) {
+                rest = ((__int128)digits << shift) - (__int128)mantissa * tens[places];
+                if (rest * 2 < (__int128)tens[places] && rest * 2 > -(__int128)tens[places]) {
+                    memcpy(out, &found, 8);
+                    return 1;
+                }
+                mantissa += rest > 0 ? 1 : -1;
+                bits += rest > 0 ? 1 : -1;
+                memcpy(&found, &bits, 8);
+            }
+            return 0;
+        }
+        *out = found;
+        return 1;
+    }
+    """
+    uint64_t special_bytes(uint64_t eight) noexcept nogil
+    int first_byte(uint64_t marks) noexcept nogil
+    bint plain_decimal(const uint8_t *p, const uint8_t *end, double *out) noexcept nogil
+
 
 cdef inline const uint8_t *js_string(const uint8_t *p, const uint8_t *end, bint *escaped) noexcept nogil:
     """The byte after the closing quote of the string whose opening quote is at `p`, or NULL."""
+    cdef uint64_t v
     p += 1
     while p < end:
+        if end - p >= 8:
+            # eight bytes at a time to the next that is a quote, a backslash or a control character
+            memcpy(&v, p, 8)
+            v = special_bytes(v)
+            if v == 0:
+                p += 8
+                continue
+            p += first_byte(v)
         if p[0] == 34:
             return p + 1
         if p[0] == 92:
@@ -196,6 +273,8 @@ cdef bint js_number(const uint8_t *p, const uint8_t *end, double *out) noexcept 
     cdef char text[48]
     cdef char *stop
     cdef size_t n = end - p
+    if plain_decimal(p, end, out):
+        return True
     if n < 1 or n > 47 or not (48 <= p[0] <= 57 or p[0] == 45):
         return False
     memcpy(text, p, n)

@@ -88,7 +88,7 @@ cdef class Topics:
                 i = (i + 1) & self.alias_mask
             self.n_aliases += self.aliases[i] == 0
             self.aliases[i] = want
-            self.has_alias[topic] = 1
+            self.alias_shapes[topic] |= key_shape(raw, len(raw))
         return topic
 
     def _grow_aliases(self):
