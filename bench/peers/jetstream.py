@@ -162,7 +162,7 @@ class JetStream(JetStreamFast):
             return percentiles(seconds, count)
 
 
-_CACHED = "written to the file, synced every two minutes: a power cut takes up to that, a kill -9 nothing"
+_CACHED = "written to the file, synced every two minutes: a power cut takes up to that"
 
 PEERS = [
     JetStream("jetstream", "jetstream", "", _CACHED, publish="publish_async", in_flight=4000),

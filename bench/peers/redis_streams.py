@@ -39,17 +39,17 @@ def _need() -> str:
 class Entries:
     """Reads the stream as the one consumer of its group; what was read is acknowledged with the next read."""
 
-    def __init__(self, client: Any) -> None:
-        self._client = client
+    def __init__(self, client: Any, most: int = READ) -> None:
+        self._client, self._most = client, most
         self._read: list[bytes] = []
         client.xgroup_create(STREAM, GROUP, id="0", mkstream=True)
 
     def next(self) -> list[bytes]:
-        """The payloads of up to `READ` entries, waited for; none after `PATIENCE_S`."""
+        """The payloads of up to `most` entries, waited for; none after `PATIENCE_S`."""
         pipe = self._client.pipeline(transaction=False)
         if self._read:
             pipe.xack(STREAM, GROUP, *self._read)
-        pipe.xreadgroup(GROUP, "one", {STREAM: ">"}, count=READ, block=round(PATIENCE_S * 1e3))
+        pipe.xreadgroup(GROUP, "one", {STREAM: ">"}, count=self._most, block=round(PATIENCE_S * 1e3))
         answer = pipe.execute()[-1]
         entries = answer[0][1] if answer else []
         self._read = [entry[0] for entry in entries]
@@ -101,7 +101,7 @@ class RedisPacked(Peer):
         decode, ledger = list_decoder() if packed else decoder(), Ledger()
         expected = frames_of(count, self._events)
         with self._serving() as (client, socket), Producers(self._way, socket, count) as producers:
-            entries = Entries(client)
+            entries = Entries(client, READ // self._events)
             producers.go()
             batch = entries.next()
             ledger.start()
@@ -125,7 +125,7 @@ class RedisPacked(Peer):
                 transport="unix socket",
                 events_per_entry=self._events,
                 pipeline=self._pipeline,
-                read_count=READ,
+                read_count=READ // self._events,
             )
 
 
