@@ -167,9 +167,14 @@ def _markdown(head: list[str], lines: list[list[str]]) -> list[str]:
 
 def render(results: dict[str, Any], page: Path, plots: list[tuple[str, str]]) -> None:
     """Put the figures of a run between the markers of `page`; everything else stays. `ValueError` without markers."""
+    fill(page, BEGIN, END, markdown(results, plots))
+
+
+def fill(page: Path, opening: str, closing: str, written: str) -> None:
+    """Put `written` between two lines of `page`; `ValueError` where they are not there."""
     text = page.read_text()
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, rest = text.partition(opening)
+    _, end, after = rest.partition(closing)
     if not begin or not end:
-        raise ValueError(f"{page}: the lines {BEGIN!r} and {END!r} are missing")
-    page.write_text(f"{before}{BEGIN}\n\n{markdown(results, plots)}\n\n{END}{after}")
+        raise ValueError(f"{page}: the lines {opening!r} and {closing!r} are missing")
+    page.write_text(f"{before}{opening}\n\n{written.strip()}\n\n{closing}{after}")

@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import stages
+from bench import profile, report, stages
 
 BASE = "0x7f (libc.so.6);Thread._bootstrap (threading.py:1002);"
 DISPATCH = BASE + "Dispatcher.run (tapebus/dispatcher.py:117);Dispatcher._dispatch (tapebus/dispatcher.py:152)"
@@ -143,3 +143,24 @@ def test_the_table_shows_each_thread_and_adds_up_what_is_small():
         "| | decode | 700 | 98.9% |",
         "| | others | 7 | 1.0% |",
     ]
+
+
+def test_the_account_of_a_run_is_put_into_the_page_and_replaces_the_one_before(tmp_path):
+    account = {
+        "load": "publisher",
+        "open_signals": 200,
+        "seconds": 10.0,
+        "events": 1_000_000,
+        "python": "3.11.7",
+        "machine": "x86_64",
+        "by": ["perf", "py-spy"],
+        "processes": [{"name": "bus", "ns_per_event": 708.0, "threads": []}],
+    }
+    page = tmp_path / "performance.md"
+    page.write_text((Path(__file__).resolve().parents[1] / "docs" / "performance.md").read_text())
+    for events in (5, 1_000_000):
+        report.fill(page, profile.BEGIN, profile.END, profile.render(account | {"events": events}))
+    text = page.read_text()
+    assert "Load: publisher; 1,000,000 events in 10.0 s, 200 open signals" in text and "; 5 events" not in text
+    assert text.count("| **bus** | | **708** | **100 %** |") == 1
+    assert text.index(profile.BEGIN) < text.index("**708**") < text.index(profile.END)
