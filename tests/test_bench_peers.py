@@ -22,10 +22,16 @@ from bench.peers import PEERS, Peer, Skipped, Wrong, in_process, jetstream, redi
 from bench.peers.peer import Ledger, percentiles  # noqa: E402
 from bench.peers.processes import Producers, server  # noqa: E402
 
+from bus_support import wait_until  # noqa: E402
+
 BY_NAME = {peer.name: peer for peer in PEERS}
 #: What the packages of the tests are enough for; the others run where they are installed.
 HERE = ["pyzmq", "pyzmq-batches", "sqlite-normal", "sqlite-full", "simplequeue", "pluggy"]
 MAYBE = [name for name in BY_NAME if name not in HERE]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(each for each in sys.path if each)}
 
 
 def answer(peer: Peer, count: int) -> dict:
@@ -157,6 +163,35 @@ def test_a_server_ends_with_its_block_whatever_happens(tmp_path):
     assert process.returncode == -signal.SIGTERM
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel of Linux to end them")
+def test_neither_server_nor_producers_outlive_a_run_that_is_killed(tmp_path):
+    code = (
+        "import sys, pathlib, time\n"
+        "from bench.peers.processes import Producers, server\n"
+        f"place = pathlib.Path({str(tmp_path)!r})\n"
+        "with server(['sleep', '600'], place / 'log', lambda: True) as process:\n"
+        "    with Producers('push', f'ipc://{place}/nobody', 100_000, 1) as producers:\n"
+        "        producers.go()\n"
+        "        print(process.pid, producers._all[0].process.pid, flush=True)\n"
+        "        time.sleep(600)\n"
+    )
+    run = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
+    assert run.stdout is not None
+    pids = run.stdout.readline().split()
+    run.kill()
+    run.communicate()
+    assert len(pids) == 2
+    for pid in pids:
+        wait_until(lambda pid=pid: not running(pid), f"the end of process {pid}", 10.0)
+
+
+def running(pid: str) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def test_a_server_that_does_not_start_is_told_with_what_it_said(tmp_path):
     command = [sys.executable, "-c", "raise SystemExit('the port is taken')"]
     with pytest.raises(Wrong, match="the port is taken"), server(command, tmp_path / "log", lambda: False):
@@ -199,11 +234,10 @@ def test_without_its_package_a_peer_is_skipped_with_how_to_get_it(name, monkeypa
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join(each for each in sys.path if each)
     return subprocess.run(
         [sys.executable, "-m", "bench.peers", *arguments],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=60,

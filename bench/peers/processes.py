@@ -29,8 +29,8 @@ _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
 
 
-def _die_with_parent() -> None:
-    # also when the parent is killed, which runs no finally
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent ends, be it by a kill that runs no ``finally``; Linux only."""
     with suppress(AttributeError):
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -62,7 +62,7 @@ def free_port() -> int:
 def server(command: Sequence[str], log: Path, ready: Callable[[], bool]) -> Iterator[subprocess.Popen[bytes]]:
     """Run `command` until the block ends; raises `Wrong` with the end of its `log` when `ready` stays False."""
     with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, preexec_fn=_die_with_parent)
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, preexec_fn=die_with_parent)
     try:
         deadline = time.monotonic() + _START_S
         while not ready():

@@ -20,7 +20,7 @@ from zlib import crc32
 
 import msgspec
 from bench.load import DISTINCT, envelope, laps, mix
-from bench.peers.processes import BATCH, FLOW, PACKED_PIPELINE, STREAM, WINDOW
+from bench.peers.processes import BATCH, FLOW, PACKED_PIPELINE, STREAM, WINDOW, die_with_parent
 
 #: Events a second of the paced producers.
 RATE = 1000
@@ -271,6 +271,7 @@ PACED: dict[str, Callable[[str, int], None]] = {
 
 
 def main() -> None:
+    die_with_parent()
     kind, endpoint, count, seed = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     if kind in PACED:
         PACED[kind](endpoint, count)
