@@ -129,8 +129,8 @@ def spaced(interval_ms: float) -> Bench:
 BENCHES = [
     Bench("latency", "publish → plugin after the fsync, at 1,000 events/s; cost of publish(); CPU", through()),
     Bench("latency-early", "the same to a consumer with deliver='early'", through("early")),
-    *map(spaced, INTERVALS_MS),
     Bench("pyzmq-ipc", "plain pyzmq, one way, at 1,000 messages/s", plain("ipc")),
     Bench("pyzmq-tcp", "plain pyzmq, one way, at 1,000 messages/s", plain("tcp")),
+    *map(spaced, INTERVALS_MS),
     Bench("idle", "CPU and memory of a bus that nobody talks to, time until it is ready", idle, rounds=False),
 ]

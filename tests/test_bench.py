@@ -267,7 +267,7 @@ def test_a_target_is_judged_by_the_median_and_a_ratio_round_by_round() -> None:
             "idle.cpu_percent": [0.1],
         }
     )
-    found = {row.target.what.strip(): row for row in targets.rows(run)}
+    found = {row.target.what.removeprefix("… "): row for row in targets.rows(run)}
     publisher = found["to disk and five plugins: Publisher"]
     assert (publisher.median, publisher.best) == (650_000.0, 800_000.0)
     assert publisher.share == pytest.approx(650 / 700)
