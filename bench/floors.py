@@ -6,7 +6,7 @@ below the lowest. The names begin with the way in they belong to:
 
 ``publisher-receive``, ``publisher-decode``, ``publisher-commit``, ``publisher-sync``
     What two Publishers send: frames of 100 events through libzmq; one call of msgspec a frame, into the typed classes
-    of the schema plugin; the blocks of up to 512 KiB that the tape packs, compressed as it compresses them, each put
+    of the schema plugin; the blocks of up to 1 MiB that the tape packs, compressed as it compresses them, each put
     into LMDB in a transaction of its own; and those blocks written to a file, each synced, without LMDB.
 ``msgpack-receive``, ``msgpack-decode``, ``json-decode``
     One event a frame from plain PUSH sockets, received; and one call of msgspec an event. The bus gathers such events

@@ -18,7 +18,8 @@ from tapebus.store import Block, Commit, Store, Unit, steady_clock
 from tapebus.threads import show_name
 
 log = logging.getLogger("tapebus.tape")
-MAX_BLOCK_BYTES = 512 << 10
+#: Larger blocks cost less an event, and more to read one event of.
+MAX_BLOCK_BYTES = 1 << 20
 MAX_BLOCK_EVENTS = 16384
 #: Dead letters waiting for a commit, and the bytes they hold; beyond it they are counted, not kept.
 MAX_WAITING_DEAD = 10_000
