@@ -49,15 +49,15 @@ CONSUME: Rules = [
     ("feed: encode and send", r"Feed\."),
 ]
 SENDER: Rules = [
-    ("build batches", r"build_batch"),
+    ("build batches", r"Outbox_(?:copy|measure|find)"),
     ("CRC", r"crc"),
-    ("acknowledgements", r"Sender\._receive|_acknowledge"),
-    ("poll and send (pyzmq)", r"libzmq|zmq/"),
-    ("sender loop", r"Sender\."),
+    ("acknowledgements", r"Line_acknowledged|Outbox_ack|_acknowledge"),
+    ("poll and send (libzmq)", r"libzmq|zmq/"),
+    ("sender loop", r"Sender\.|Line_|carry \(tapebus/"),
 ]
 PRODUCER: Rules = [
     ("publish(): encode", r"Emitter_encoded|Encoder_encode"),
-    ("publish(): into the outbox", r"Outbox_put|Outbox_"),
+    ("publish(): into the outbox", r"Emitter_keep|Outbox_"),
     ("publish()", r"publish \(tapebus/"),
     ("flush()", r"Publisher\.(?:flush|stats)"),
     ("the load itself", r"bench|load\.py|producers\.py"),

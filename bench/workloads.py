@@ -22,8 +22,9 @@ import tapebus_slots
 import tapebus_store
 import tapebus_telegram
 from tapebus import plugins
+from tapebus._emitter import Emitter
 from tapebus._ingest import Ingest
-from tapebus._outbox import Emitter, Outbox
+from tapebus._outbox import Outbox
 from tapebus._ring import Ring
 from tapebus._topics import Topics
 from tapebus.blocks import BlockView, crc32c

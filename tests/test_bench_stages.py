@@ -44,12 +44,12 @@ HANDLER = DISPATCH + ";Fence.offer (tapebus/fence.py:195);Fence._call (tapebus/f
         ("tb-ingest", "__pyx_f_7tapebus_5_scan_mp_event (tapebus/_scan.pyx)", "scan frames"),
         (
             "tb-sender-x",
-            BASE + "Sender._send_batch (_sender.py:1);build_batch (tapebus/_outbox.pyx)",
+            BASE + "Sender._session (_sender.py:1);carry (tapebus/_line.pyx);Outbox_copy (tapebus/_outbox.pyx)",
             "build batches",
         ),
         (
             "python",
-            BASE + "publish (tapebus/_outbox.pyx:564);Emitter_encoded (_outbox.pyx)",
+            BASE + "publish (tapebus/_emitter.pyx:564);Emitter_encoded (_emitter.pyx)",
             "publish(): encode",
         ),
         ("ZMQbg/IO/0", "0x7f (libzmq-2f02442c.so.5.2.5)", "libzmq"),

@@ -72,6 +72,27 @@ def test_the_envelope_arrives_as_it_was_given(bus, pub):
     }
 
 
+def test_what_is_published_while_the_last_frame_lingers_leaves_together(bus):
+    with Publisher("test", bus.endpoint, linger_ms=60_000) as pub:
+        publish(pub, [0])
+        assert pub.flush(PATIENCE_S)
+        before = bus.frames
+        publish(pub, range(1, 90))
+        assert pub.flush(PATIENCE_S)
+        assert (bus.frames - before, bus.stored()) == (1, list(range(90)))
+        publish(pub, range(90, 200))
+        bus.wait_for(lambda: len(bus.stored()) >= 190)
+
+
+@pytest.mark.parametrize("wrong", ["-1", "soon", "nan", "60001"])
+def test_a_linger_that_is_no_time_is_an_error_with_one_clear_line(wrong, monkeypatch):
+    monkeypatch.setenv("TAPEBUS_LINGER_MS", wrong)
+    with pytest.raises(UsageError, match=f"TAPEBUS_LINGER_MS='{wrong}': 0 to 60000 milliseconds are possible"):
+        Publisher("test")
+    with pytest.raises(UsageError, match="linger_ms=-1"):
+        Publisher("test", linger_ms=-1)
+
+
 def test_a_killed_bus_with_its_disk_gets_exactly_the_missing_tail(bus, pub):
     publish(pub, range(500))
     assert pub.flush(PATIENCE_S)
@@ -315,7 +336,7 @@ def test_what_never_left_is_told_to_the_bus_at_the_end(bus):
     publish(pub, range(3))
     assert pub.flush(PATIENCE_S)
     bus.credit = (0, 0)
-    wait_until(lambda: pub._sender._credit == (0, 0), "the credit to be withdrawn")
+    wait_until(lambda: pub._sender.line.credit == (0, 0), "the credit to be withdrawn")
     publish(pub, range(3, 10))
     pub.close()
     bus.wait_for(lambda: bus.gaps)

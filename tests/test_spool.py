@@ -222,6 +222,16 @@ def test_a_publisher_that_ends_leaves_the_rest_in_its_spool_and_says_so(bus, spo
     assert len(list(spool_dir.iterdir())) == 1
 
 
+def test_a_publisher_that_ends_at_once_lets_go_of_what_it_has_taken_over(bus, spool_dir):
+    killed(bus.endpoint, spool_dir, 0, 10)
+    pub = Publisher("guard", bus.endpoint, spool="crash", spool_dir=spool_dir)
+    orphans = list(pub._orphans)
+    assert orphans
+    pub._sender.stop()
+    pub.close()
+    wait_until(lambda: not any(each.held for each in orphans), "the orphans to be let go")
+
+
 def test_a_full_spool_is_counted_by_number_and_place(bus, spool_dir):
     bus.credit = (0, 0)
     with Publisher("guard", bus.endpoint, spool="crash", spool_dir=spool_dir, capacity_events=3) as pub:

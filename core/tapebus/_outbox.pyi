@@ -2,14 +2,14 @@ from typing import Any
 
 MAX_EVENT: int
 
-def enc_hook(value: Any) -> Any: ...
-
 class Outbox:
     capacity_events: int
     capacity_bytes: int
     next_seq: int
     published: int
     waiting: int
+    acked: int
+    sent: int
     renumbered: int
     wake_at: int
     epoch: int
@@ -34,36 +34,11 @@ class Outbox:
     def gap_at(self, seq: int) -> tuple[int, int, int] | None: ...
     def build_batch(self, from_seq: int, max_events: int, max_bytes: int) -> tuple[bytes, int]: ...
     def ack(self, seq: int) -> int: ...
+    def note_refused(self, events: int) -> None: ...
+    def rewind(self, seq: int) -> None: ...
     @property
     def first_pending(self) -> int: ...
     def renumber(self, epoch: int = 0) -> None: ...
     def abandon(self) -> None: ...
     def refuse(self) -> None: ...
-    def books(self) -> tuple[int, int, dict[str, int]]: ...
-
-class Emitter:
-    outbox: Outbox
-    source: str
-    wake_fd: int
-    closed: bool
-    unopened: bool
-    def _setup(self, source: str, outbox: Outbox) -> None: ...
-    def _open(self) -> None: ...
-    def _start(self) -> None: ...
-    def _confirm(self, number: int, timeout: float) -> bool: ...
-    def publish(
-        self,
-        event_type: str,
-        data: Any,
-        correlation_id: str | None = None,
-        priority: str | None = None,
-        timestamp: Any = None,
-        causation_id: str | None = None,
-        user_id: str | int | None = None,
-        session_id: str | None = None,
-        event_id: str | None = None,
-        *,
-        source: str | None = None,
-        durable: bool = False,
-        timeout: float = 5.0,
-    ) -> bool: ...
+    def books(self) -> tuple[int, int, int, dict[str, int]]: ...

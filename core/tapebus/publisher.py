@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from tapebus import spool as spools
 from tapebus import wire
-from tapebus._outbox import Emitter, Outbox
+from tapebus._emitter import Emitter
+from tapebus._outbox import Outbox
 from tapebus._sender import Sender, after_fork
 from tapebus.errors import UsageError
 from tapebus.security import is_loopback
@@ -24,10 +25,23 @@ from tapebus.security import is_loopback
 if TYPE_CHECKING:
     from tapebus.curve import Keys
 
+_LONGEST_LINGER_MS = 60_000
 _EXIT_BUDGET_S = 0.2  # the most that atexit may add to the life of a process
 
 _log = logging.getLogger("tapebus.publisher")
 _publishers: weakref.WeakSet[Publisher] = weakref.WeakSet()
+
+
+def _milliseconds(name: str, variable: str, given: float | None) -> float:
+    text = os.environ.get(variable, "0") if given is None else given
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= _LONGEST_LINGER_MS:
+        what = f"{variable}={text!r}" if given is None else f"Publisher({name}={given!r})"
+        raise UsageError(f"{what}: 0 to {_LONGEST_LINGER_MS} milliseconds are possible")
+    return value
 
 
 class Publisher(Emitter):
@@ -37,13 +51,15 @@ class Publisher(Emitter):
     `capacity_events` of them and `capacity_bytes`, until the bus has them on disk; what does not fit is counted
     in ``stats()["dropped"]``.
     An event leaves at once when nothing is in flight, else after `batch_size` events, `batch_timeout_ms`, or
-    the answer to what is in flight, whichever comes first. Leaving a ``with`` block flushes for at most 1 s.
+    the answer to what is in flight, whichever comes first. With `linger_ms` less than a full batch leaves only so
+    long after the one before: fewer frames and wake-ups for later events. Leaving a ``with`` block flushes for at
+    most 1 s.
 
     `spool` says what they survive meanwhile: ``"memory"`` nothing, ``"crash"`` the death of this process,
     ``"power"`` also a power cut, less the last `spool_sync_ms`. The files lie in `spool_dir`. Where there can be
     no spool the publisher says so in the log and in ``stats()["spool"]``, and keeps the events in memory. Defaults:
-    ``TAPEBUS_ENDPOINT``, ``TAPEBUS_SPOOL``, ``TAPEBUS_SPOOL_DIR``, then ``tcp://127.0.0.1:5572``, memory, and
-    ``tapebus/spool`` in the user's state directory.
+    ``TAPEBUS_ENDPOINT``, ``TAPEBUS_SPOOL``, ``TAPEBUS_SPOOL_DIR``, ``TAPEBUS_LINGER_MS``, then
+    ``tcp://127.0.0.1:5572``, memory, ``tapebus/spool`` in the user's state directory, and 0.
 
     A bus on another machine asks for a key: `key`, else ``TAPEBUS_KEY``, is the file that ``tapebus keygen
     NAME --server BUS.key`` has written; an unusable one raises `ConfigError` here and nowhere later.
@@ -62,12 +78,14 @@ class Publisher(Emitter):
         spool: str | None = None,
         spool_dir: str | os.PathLike[str] | None = None,
         spool_sync_ms: float = 50,
+        linger_ms: float | None = None,
         _identity: tuple[bytes, int, int] | None = None,
     ) -> None:
         if not isinstance(source, str) or not 0 < len(source) <= 100:
             raise UsageError(f"Publisher(source={source!r}): a name of 1 to 100 characters is needed")
         if batch_size < 1 or batch_timeout_ms < 0 or capacity_events < 1 or capacity_bytes < 1:
             raise UsageError("Publisher: batch_size and the capacities must be at least 1, batch_timeout_ms at least 0")
+        self._linger_s = _milliseconds("linger_ms", "TAPEBUS_LINGER_MS", linger_ms) / 1000
         self._spool_mode = spool or os.environ.get("TAPEBUS_SPOOL") or "memory"
         if self._spool_mode not in spools.MODES or spool_sync_ms < 1:
             raise UsageError(
@@ -148,6 +166,7 @@ class Publisher(Emitter):
                     orphans=self._orphans,
                     keys=self._keys,
                     kept=self._kept,
+                    linger_s=self._linger_s,
                 )
                 sender.thread.start()
                 self._sender, self.wake_fd = sender, sender.writer
@@ -200,10 +219,10 @@ class Publisher(Emitter):
         """The books of this process: ``published == acked + sum(dropped) + sum(rejected) + in_flight``, exactly."""
         sender = self._sender
         with sender.progress if sender is not None else contextlib.nullcontext():
-            published, waiting, dropped = self.outbox.books()
+            published, waiting, acked, dropped = self.outbox.books()
             return {
                 "published": published,
-                "acked": sender.acked_events if sender else 0,
+                "acked": acked,
                 "dropped": dropped,
                 "rejected": dict(sender.rejected) if sender else {},
                 "in_flight": waiting,

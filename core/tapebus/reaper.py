@@ -59,7 +59,7 @@ class Reaper(threading.Thread):
         else:
             log.info("%s: sending %d events that its producer left", spool.path, spool.outbox.waiting)
         sender.run()
-        self.events += sender.acked_events
+        self.events += spool.outbox.acked
         self.torn += spool.torn
 
     def stop(self) -> None:

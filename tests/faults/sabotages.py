@@ -110,7 +110,7 @@ SABOTAGES = [
     Sabotage(
         "blocking-publish",
         "publish waits until the bus has the event",
-        "core/tapebus/_outbox.pyx",
+        "core/tapebus/_emitter.pyx",
         "        return self._confirm(number, timeout) if durable else True\n",
         "        return self._confirm(seq + box.renumbered, timeout) or True\n",
         ["tests/test_publisher.py::test_an_absent_bus_does_not_keep_a_process_from_exiting"],
