@@ -41,7 +41,7 @@ def _newest(topic: str, expected: range) -> Ask:
         begun = time.perf_counter()
         found = [event.bus_seq for event in tape.read(topics=[topic], last=LAST)]
         _spent.append(time.perf_counter() - begun)
-        exact = len(expected) == LAST
+        exact = expected.step == PERIOD
         right = found == list(expected) if exact else len(found) == LAST and set(found) < set(expected)
         return [] if right and found == sorted(found) else found
 
@@ -71,9 +71,9 @@ _spent: list[float] = []
 
 
 def every(last: int, events: int) -> range:
-    """`LAST` places a period apart, the newest one that of `last` in its period; that of the tape if `last` is less."""
+    """At most `LAST` places a period apart; the newest is `last`, or where that lies in the last period of the tape."""
     newest = last if last > PERIOD else (events - last) // PERIOD * PERIOD + last
-    return range(newest - (LAST - 1) * PERIOD, newest + 1, PERIOD)
+    return range(max(newest - (LAST - 1) * PERIOD, newest % PERIOD), newest + 1, PERIOD)
 
 
 def asks(events: int) -> dict[str, Ask]:

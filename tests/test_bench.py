@@ -29,6 +29,7 @@ from bench import (  # noqa: E402
     topologies,
 )
 
+from bus_support import wait_until  # noqa: E402
 from tapebus import Publisher  # noqa: E402
 
 TINY = plan.SIZES["tiny"]
@@ -186,6 +187,24 @@ def test_commits_are_counted_and_keep_the_distance_they_are_given():
 @pytest.mark.parametrize("bench", commits.BENCHES, ids=lambda bench: bench.name)
 def test_each_way_to_commit_leaves_all_its_records(bench):
     assert bench.run(TINY)["cpu_us"] > 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux is asked to end them")
+def test_no_bus_outlives_a_run_that_is_killed() -> None:
+    script = (
+        "import os, sys; sys.path.insert(0, '.'); from bench.harness import Bus; "
+        "print(Bus(standing=0).process.pid, flush=True); os.kill(os.getpid(), 9)"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    bus = int(ran.stdout)
+    wait_until(lambda: not alive(bus), "the bus to end with its harness")
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
 
 
 @pytest.mark.parametrize("shape", [topologies.pipeline, topologies.diamond], ids=["pipeline", "diamond"])

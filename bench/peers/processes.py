@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
-import signal
 import socket
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bench.harness import Child, Wrong
+from bench.harness import Child, Wrong, die_with_parent
 
 PRODUCERS = 2
 #: What producers and consumers agree on: the name of the stream or subject; commands of a pipeline to Redis, and events
@@ -25,14 +23,6 @@ BATCH = 100
 PACKED_PIPELINE = 10
 FLOW, WINDOW = 500, 2000
 _START_S = 15.0
-_PR_SET_PDEATHSIG = 1
-_libc = ctypes.CDLL(None)
-
-
-def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends, be it by a kill that runs no ``finally``; Linux only."""
-    with suppress(AttributeError):
-        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _end(process: subprocess.Popen[Any]) -> None:
