@@ -7,6 +7,8 @@ import struct
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from msgspec import Struct
 
 from tapebus._scan import scan
@@ -99,6 +101,21 @@ def test_one_broken_event_costs_no_other(encoding):
     assert [each is not None for each in events] == [True, False, False, True, True]
     assert [(fault.index, fault.reason) for fault in faults] == [(1, "schema"), (2, "nonfinite")]
     assert isinstance(events[3], GenericEvent) and events[3].data == {"x": 1} and events[3].bus_seq == FIRST + 3
+
+
+@given(st.lists(st.sampled_from(["good", "bad", "other spelling", "json"]), max_size=40))
+def test_what_does_not_fit_is_found_wherever_it_stands_in_its_run(kinds):
+    raws = {
+        "good": ENCODERS["msgpack"](event()),
+        "bad": ENCODERS["msgpack"](event(data={"symbol": "A", "price": "none"})),
+        "other spelling": ENCODERS["msgpack"](event(data={"instrument": "A", "px": 1})),
+        "json": ENCODERS["json"](event()),
+    }
+    events, faults = decode(make(), *[raws[kind] for kind in kinds])
+    assert [fault.index for fault in faults] == [i for i, kind in enumerate(kinds) if kind == "bad"]
+    assert [each and each.bus_seq for each in events] == [
+        None if kind == "bad" else FIRST + i for i, kind in enumerate(kinds)
+    ]
 
 
 @pytest.mark.parametrize(

@@ -71,27 +71,34 @@ class Codec:
 
         A fault of an event whose type has the policy ``pass`` keeps the event where it could be typed.
         """
-        events: list[Event | None] = []
         faults: list[Fault] = []
-        checks = self._checks_by_topic()
+        return self._live(view, start, stop, start, faults), faults
+
+    def _live(self, view: BlockView, start: int, stop: int, origin: int, faults: list[Fault]) -> list[Event | None]:
+        """The events `start` to `stop`; faults are numbered from `origin`."""
+        events: list[Event | None] = []
         for kind, first, count, buffer in gather(self.topics, view, start, stop):
             found: list[Any]
             if kind == SINGLE_RUN:
-                found = [self._single(view, first, buffer, faults, first - start)]
+                found = [self._single(view, first, buffer, faults, first - origin)]
             else:
                 try:
                     found = (self._json_list if kind else self._pack_list).decode(buffer)
                 except Exception:
-                    found = [
-                        self._single(view, i, view.raw(view.first_seq + i), faults, i - start)
-                        for i in range(first, first + count)
-                    ]
+                    found = self._misfits(view, first, count, origin, faults)
                 else:
                     stamp(found, view, first)
-                    for i, reason in run_checks(found, view, first, checks) or ():
-                        self._broken(found, i, reason, faults, first + i - start)
+                    for i, reason in run_checks(found, view, first, self._checks_by_topic()) or ():
+                        self._broken(found, i, reason, faults, first + i - origin)
             events += found
-        return events, faults
+        return events
+
+    def _misfits(self, view: BlockView, first: int, count: int, origin: int, faults: list[Fault]) -> list[Event | None]:
+        """The events of a run that does not decode as a whole: halved until those are alone that do not fit."""
+        if count == 1:
+            return [self._single(view, first, view.raw(view.first_seq + first), faults, first - origin)]
+        half, stop = first + count // 2, first + count
+        return self._live(view, first, half, origin, faults) + self._live(view, half, stop, origin, faults)
 
     def _broken(self, found: list[Any], i: int, reason: str, faults: list[Fault], index: int) -> None:
         event = found[i]
