@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -100,3 +101,19 @@ def test_a_lossy_queue_drops_the_oldest_and_counts_their_events():
     assert backlog.lost == 4
     backlog.close()
     assert backlog.get(None) is None
+
+
+def test_the_giver_waits_for_a_taker_that_is_behind_but_not_for_one_that_reads_from_the_tape():
+    backlog = Backlog(10, 0, 0, lambda after: iter(()))
+    backlog.put(Item(1, 1, 6))
+    backlog.give_way(6, 3600)
+    giver = threading.Thread(target=backlog.give_way, args=(5, 3600), daemon=True)
+    giver.start()
+    assert giver.is_alive()
+    backlog.get(0)
+    giver.join(60)
+    assert not giver.is_alive()
+    for n in range(2, 5):
+        backlog.put(Item(n, n, 6))
+    assert backlog.lapped
+    backlog.give_way(0, 3600)

@@ -73,6 +73,10 @@ cdef struct piece_t:
 #: The longest wait between two events that one payload can tell, in seconds.
 MAX_WAIT_S = MAX_WAIT_US / 1e6
 
+cdef enum:
+    # a checksum of so many bytes is made sooner than the GIL is had back from a busy thread
+    CRC_ALONE = 256 << 10
+
 crc_init()
 cdef int _HARD = crc_has_hard()
 
@@ -83,11 +87,13 @@ cdef uint32_t crc32c_update(uint32_t crc, const uint8_t *p, size_t n) noexcept n
 
 
 def crc32c(const uint8_t[::1] data not None, uint32_t crc=0):
-    """CRC-32C (Castagnoli, RFC 3720) of `data`, continuing from `crc`. Holds the GIL only to enter."""
+    """CRC-32C (Castagnoli, RFC 3720) of `data`, continuing from `crc`. Gives up the GIL for what takes long only."""
     cdef size_t n = data.shape[0]
-    if n:
+    if n > CRC_ALONE:
         with nogil:
             crc = crc32c_update(crc, &data[0], n)
+    elif n:
+        crc = crc32c_update(crc, &data[0], n)
     return crc
 
 

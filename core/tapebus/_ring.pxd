@@ -30,6 +30,7 @@ cdef enum:
     GAP = 1           # the producer dropped `count` events at place `code`
     REJECT = 2        # the bus refused `count` events for reason `code`
     N_CODES = 8
+    MANY_ENTRIES = 1024  # more than these are released without the GIL
 
 # A doorbell: an eventfd that is written only while its owner sleeps, so that nobody spins and
 # nobody pays a system call under load.
@@ -113,5 +114,6 @@ cdef class Ring:
     cdef bint has_room(self, size_t size) noexcept nogil
     cdef mail_t *take_mail(self) noexcept nogil
     cdef void release(self, entry_t *entry) noexcept nogil
+    cdef void _release(self, int64_t first, int64_t last) noexcept nogil
     cdef _note_gap(self, entry_t *entry)
     cdef _note_refused(self, entry_t *entry)

@@ -297,21 +297,21 @@ cdef class Ring:
         head = tb_load(&self.head)
         if head == first:
             return None
-        with nogil:
-            while last < head and (last == first or (size < max_bytes and count < max_events)):
-                entry = &self.entries[last & self.mask]
-                if entry.n:
-                    # what the wait column cannot tell begins a block of its own
-                    if before and not 0 <= entry.received_us - before <= <int64_t>MAX_WAIT_US:
-                        break
-                    before = entry.received_us
-                count += entry.n
-                for i in range(entry.n):
-                    size += entry.items[i].size
-                    n_corr += entry.items[i].corr != 0
-                if entry.unit != NULL:
-                    has_units = True
-                last += 1
+        # with the GIL: to get it back from a busy dispatcher would take longer than this
+        while last < head and (last == first or (size < max_bytes and count < max_events)):
+            entry = &self.entries[last & self.mask]
+            if entry.n:
+                # what the wait column cannot tell begins a block of its own
+                if before and not 0 <= entry.received_us - before <= <int64_t>MAX_WAIT_US:
+                    break
+                before = entry.received_us
+            count += entry.n
+            for i in range(entry.n):
+                size += entry.items[i].size
+                n_corr += entry.items[i].corr != 0
+            if entry.unit != NULL:
+                has_units = True
+            last += 1
         block = self._fill(first, last, count, size, n_corr) if count else None
         units = []
         if has_units:
@@ -396,50 +396,55 @@ cdef class Ring:
     def _settle(self, int64_t first, int64_t last):
         """Update the accounts and release the entries; the indexes of the producers that changed."""
         cdef entry_t *entry
-        cdef producer_t *account
-        cdef int64_t j, size = 0, unnumbered = 0
-        cdef double received
+        cdef int64_t j
+        cdef double received = self.entries[(last - 1) & self.mask].received_us / 1e6
         changed = []
-        received = self.entries[(last - 1) & self.mask].received_us / 1e6
-        with nogil:
-            for j in range(first, last):
-                entry = &self.entries[j & self.mask]
-                account = self.producers[entry.producer]
-                if entry.kind == FRAME:
-                    account.stored += entry.n
-                    if entry.count:
-                        # events of the same frame that its producer may not publish
-                        account.rejected[entry.code] += entry.count
-                        if entry.refused != NULL:
-                            with gil:
-                                self._note_refused(entry)
-                else:
-                    if entry.kind == GAP:
-                        account.dropped[entry.code] += entry.count
-                    else:
-                        account.rejected[entry.code] += entry.count
-                    if account.sequenced:
-                        with gil:
-                            self._note_gap(entry)
-                if account.sequenced:
-                    account.watermark = entry.producer_seq
-                else:
-                    account.watermark += entry.n + entry.count
-                    unnumbered += entry.n
-                size += entry.size
-                if not account.dirty:
-                    account.dirty = 1
-                    with gil:
-                        changed.append(<int>entry.producer)
-                self.release(entry)
-            tb_add(&self.bytes_in, -size)
-            tb_add(&self.unnumbered_in, -unnumbered)
-            tb_store(&self.tail, last)
+        for j in range(first, last):
+            entry = &self.entries[j & self.mask]
+            if entry.refused != NULL:
+                self._note_refused(entry)
+            if entry.kind != FRAME and self.producers[entry.producer].sequenced:
+                self._note_gap(entry)
+            if not self.producers[entry.producer].dirty:
+                self.producers[entry.producer].dirty = 1
+                changed.append(<int>entry.producer)
+        if last - first > MANY_ENTRIES:
+            with nogil:
+                self._release(first, last)
+        else:
+            # to get the GIL back from a busy dispatcher would take longer than this
+            self._release(first, last)
         for index in changed:
             self.producers[<uint32_t>index].dirty = 0
             self.books[index].last_bus_seq = self.next_seq - 1
             self.books[index].seen_at = received
         return changed
+
+    cdef void _release(self, int64_t first, int64_t last) noexcept nogil:
+        cdef entry_t *entry
+        cdef producer_t *account
+        cdef int64_t j, size = 0, unnumbered = 0
+        for j in range(first, last):
+            entry = &self.entries[j & self.mask]
+            account = self.producers[entry.producer]
+            if entry.kind == FRAME:
+                account.stored += entry.n
+                # of the same frame, but its producer may not publish them
+                account.rejected[entry.code] += entry.count
+            elif entry.kind == GAP:
+                account.dropped[entry.code] += entry.count
+            else:
+                account.rejected[entry.code] += entry.count
+            if account.sequenced:
+                account.watermark = entry.producer_seq
+            else:
+                account.watermark += entry.n + entry.count
+                unnumbered += entry.n
+            size += entry.size
+            self.release(entry)
+        tb_add(&self.bytes_in, -size)
+        tb_add(&self.unnumbered_in, -unnumbered)
+        tb_store(&self.tail, last)
 
     cdef _note_refused(self, entry_t *entry):
         ranges = <list>entry.refused

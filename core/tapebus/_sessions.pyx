@@ -147,7 +147,7 @@ cdef class Sessions:
         if tb_load(&self.store_full):
             events[0] = size[0] = 0
         elif self.ring.has_room(self.ring.max_bytes // 2):
-            events[0] = 16384
+            events[0] = 65536
             # what all of them may have on the way together is no more than the ring holds
             size[0] = <uint32_t>max(<int64_t>LEAST_CREDIT, min(<int64_t>CREDIT_BYTES, self.ring.max_bytes // max(1, self.n_sessions)))
         else:

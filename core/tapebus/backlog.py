@@ -82,6 +82,11 @@ class Backlog:
                     self._weight += item.weight
             self._changed.notify()
 
+    def give_way(self, weight: int, seconds: float) -> None:
+        """Wait until no more than `weight` is queued, for at most so many seconds; a lapped taker is not waited for."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._weight <= weight or self.lapped or self.closed, seconds)
+
     def put_early(self, item: Any) -> bool:
         """Hand over the next item before it is durable; False, and nothing done, where it is to be `put` after that."""
         with self._changed:

@@ -100,6 +100,7 @@ class Dispatcher(threading.Thread):
         self.fences = fences
         self.store = store
         self._outlets = outlets
+        self._held: list[list[Event]] = [[] for _ in outlets]
         self.feed: Any = None
         self._max_batch = max_batch
         self.judge = judge
@@ -173,6 +174,8 @@ class Dispatcher(threading.Thread):
         for start in range(0, view.count, self._max_batch):
             # a call each, so that the events of one are freed, still warm, before the next are made
             self._dispatch_piece(view, start, min(start + self._max_batch, view.count), block.urgent > 0)
+        # once a block, as far as they are few: to wake a thread for each event costs more than the event
+        self._hand_over(view, block.last_seq, block.urgent > 0, 1)
         for each in self._units:
             # once a block: what a burst changes again and again is written down once
             each.close_unit()
@@ -197,13 +200,20 @@ class Dispatcher(threading.Thread):
         if self.feed is not None:
             self.feed.offer(self._with_quarantined(piece, faults))
         lists = self._fan.split(piece)
-        for outlet, wanted in zip(self._outlets, lists[len(self.fences) :], strict=True):
-            if wanted:
-                outlet.offer(Slice(wanted, view, first, last, urgent))
+        for held, wanted in zip(self._held, lists[len(self.fences) :], strict=True):
+            held += wanted
+        self._hand_over(view, last, urgent, self._max_batch)
         for fence, wanted in zip(self.fences, lists, strict=False):
             # without a store there is nothing to catch up from: such a consumer goes on with what comes
             if (fence.cursor + 1 >= first or self.store is None) and fence.ready:
                 fence.offer(wanted, last, close=False)
+
+    def _hand_over(self, view: BlockView, last_seq: int, urgent: bool, least: int) -> None:
+        """Give consumers with their own thread what is held for them of this block, where it is so much."""
+        for i, held in enumerate(self._held):
+            if len(held) >= least:
+                self._outlets[i].offer(Slice(held, view, held[0].bus_seq, last_seq, urgent))
+                self._held[i] = []
 
     def _with_quarantined(self, piece: Slice, faults: list[Fault]) -> Slice:
         """What the feed repeats: also the events that break a rule and are only kept from consumers."""

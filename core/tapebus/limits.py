@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import resource
+import sys
 
 from tapebus.errors import ConfigError
 
@@ -12,11 +13,15 @@ log = logging.getLogger("tapebus")
 #: Descriptors a bus wants; below the floor it could not even open its own files and sockets with a margin.
 WANTED_FILES, MIN_FILES = 65536, 128
 MIN_MEMORY_MB = 256
+#: Seconds that a thread with Python to run waits for one that is running it. Dispatch may be busy all the time, and the
+#: tape thread needs the interpreter a few times for each commit.
+SWITCH_S = 0.001
 
 
 def apply(memory_limit_mb: int) -> None:
-    """Keep others out of new files, raise the number of descriptors, bound memory, leave no core dump."""
+    """Keep others out of new files, raise the number of descriptors, bound memory, no core dump, share the GIL."""
     os.umask(0o077)
+    sys.setswitchinterval(SWITCH_S)
     # a core dump would hold every secret this process has read
     _set(resource.RLIMIT_CORE, 0)
     files = _set(resource.RLIMIT_NOFILE, WANTED_FILES)

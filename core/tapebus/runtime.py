@@ -201,6 +201,7 @@ class Runtime:
             outlets=[each for each in self.threads if not isinstance(each, EarlyConsumer)],
         )
         self.tape.deliver = self.dispatcher.deliver
+        self.tape.give_way = self.dispatcher.backlog.give_way
         self.statistics.watchdog = Watchdog(self, self._tell_tape, self._fail)
 
     def _begin(self, last_seq: int) -> int:

@@ -115,7 +115,10 @@ class Tape:
             return (view.raw(seq) for seq in range(first, counted + 1))
 
         blocks = takewhile(lambda block: block.first_seq <= last_seq, self._reader.blocks())
-        return books.counted_by_source(blocks, raw_events, progress), absent
+        found = books.counted_by_source(blocks, raw_events, progress)
+        if counted < last_seq:
+            absent.append(range(counted + 1, last_seq + 1))
+        return found, absent
 
     @property
     def holes(self) -> list[tuple[int, int]]:

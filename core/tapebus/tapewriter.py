@@ -21,6 +21,9 @@ log = logging.getLogger("tapebus.tape")
 #: Larger blocks cost less an event, and more to read one event of.
 MAX_BLOCK_BYTES = 1 << 20
 MAX_BLOCK_EVENTS = 16384
+#: With so many bytes of blocks before dispatch, the next commit waits for it, for so many seconds at most: else those
+#: who publish and the tape take the processor from it, and it has to read again from the tape what it could not keep.
+PACE_BYTES, PACE_S = 4 << 20, 0.01
 #: Dead letters waiting for a commit, and the bytes they hold; beyond it they are counted, not kept.
 MAX_WAITING_DEAD = 10_000
 MAX_WAITING_BYTES = 16 << 20
@@ -68,6 +71,8 @@ class TapeWriter(threading.Thread):
         self.store = store
         #: Takes each block after its commit; set before the thread starts.
         self.deliver: Callable[[Block], None] = lambda block: None
+        #: Waits for dispatch where it has so many bytes before it, for so many seconds at most; set before the start.
+        self.give_way: Callable[[int, float], None] = lambda weight, seconds: None
         #: Consumers that take each block before its commit; set before the thread starts.
         self.early: Sequence[EarlyTaker] = ()
         self._fail = fail
@@ -129,6 +134,7 @@ class TapeWriter(threading.Thread):
             time.sleep(left)
 
     def _step(self) -> bool:
+        self.give_way(PACE_BYTES, PACE_S)
         packed = self.ring.pack(MAX_BLOCK_BYTES, MAX_BLOCK_EVENTS)
         block: Block | None = None
         units: list[Unit] = []

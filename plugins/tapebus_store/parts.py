@@ -43,11 +43,12 @@ Taken = list[tuple[Part, bytes | None]]
 def pack(payload: bytes, compressor: zstandard.ZstdCompressor) -> tuple[bytes, bytes]:
     """The stored form of a payload, and the table in front of it, which the header's checksum is to cover."""
     columns, found = split_payload(payload, LEAST, OTHERS)
+    pieces: list[bytes | bytearray | memoryview] = [columns, *found.values()]
     lines, stored = [], []
-    for kind, data in ((COLUMNS, columns), *found.items()):
-        packed = compressor.compress(data)
-        if len(packed) >= len(data):
-            packed = data
+    # one call: after each the writer would have to wait for the GIL again
+    segments = compressor.multi_compress_to_buffer(pieces)
+    for i, (kind, data) in enumerate(((COLUMNS, columns), *found.items())):
+        packed = segments[i].tobytes() if len(segments[i]) < len(data) else data
         lines.append(_PART.pack(kind, len(data), len(packed), crc32c(packed)))
         stored.append(packed)
     table = _COUNT.pack(len(lines)) + b"".join(lines)
