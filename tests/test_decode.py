@@ -53,3 +53,16 @@ def test_a_batch_remembers_how_far_its_handler_came():
     assert list(batch) == events and batch.position == 2 and batch.exhausted
     assert batch[0] is events[0] and batch.position == 1 and not batch.exhausted
     assert batch[:1] == events[:1] and batch.position == 2 and batch.exhausted
+
+
+def test_what_else_looks_at_a_batch_counts_only_until_its_iteration_has_moved_on():
+    batch = Batch([event() for _ in range(4)])
+    for n, _ in enumerate(batch):
+        if n == 1:
+            assert batch[0] and batch.position == 1 and next(iter(batch)) and batch.position == 1
+        if n == 2:
+            assert len(list(batch)) == 4 and batch.position == 4 and batch.exhausted
+        if n == 3:
+            break
+        assert n in (1, 2) or batch.position == n + 1
+    assert batch.position == 4 and not batch.exhausted

@@ -176,37 +176,49 @@ def split(list events not None, BlockView view not None, uint32_t first, list ro
 cdef class Batch:
     """New events for one consumer, in bus order, which remembers how far the handler came.
 
-    Iterating goes through a plain list iterator; how far it came is asked of the iterator.
+    The first iteration goes through a plain list iterator, which is asked how far it came. Whatever looks at events
+    while that one still runs says so itself, and counts until the plain one has moved on.
     """
 
     cdef:
         readonly list events
-        object iterator         # of the iteration that runs or has ended, None before
-        Py_ssize_t indexed      # one beyond the event taken by its index last
+        object iterator         # the plain one that runs or has ended, None before the first
+        Py_ssize_t place        # one beyond the event looked at last by other means
+        Py_ssize_t mark         # where `iterator` stood then; -1 when nothing else looked
+        bint ended              # that was the end of another iteration
         bint sliced             # a part was taken; what becomes of it cannot be seen from here
 
     def __cinit__(self, list events not None):
         self.events = events
         self.iterator = None
-        self.indexed = 0
-        self.sliced = False
+        self.place = 0
+        self.mark = -1
+        self.ended = self.sliced = False
+
+    cdef inline Py_ssize_t stands(self) except -1:
+        """One beyond the event the plain iterator gave last."""
+        iterator = self.iterator
+        return 0 if iterator is None else PyList_GET_SIZE(self.events) - PyObject_LengthHint(iterator, 0)
+
+    cdef inline int look(self, Py_ssize_t place, bint ended) except -1:
+        self.mark, self.place, self.ended = self.stands(), place, ended
+        return 0
 
     @property
     def position(self):
         """One beyond the event looked at last, 0 before the first; from any thread."""
-        iterator = self.iterator
-        if iterator is None:
-            return PyList_GET_SIZE(self.events) if self.sliced else self.indexed
-        return PyList_GET_SIZE(self.events) - PyObject_LengthHint(iterator, 0)
+        cdef Py_ssize_t stands = self.stands()
+        return self.place if stands == self.mark else stands
 
     @property
     def exhausted(self):
         """Whether an iteration has come to its end, or nobody can tell; from any thread."""
+        return self.sliced or (self.ended if self.stands() == self.mark else self.done())
+
+    cdef bint done(self):
+        """Whether the plain iterator has ended: then it no longer knows its list, nor its place in it."""
         iterator = self.iterator
-        if iterator is None:
-            return self.sliced
-        # one that has ended no longer knows its list, nor its place in it
-        return len(iterator.__reduce__()) < 3
+        return iterator is not None and len(iterator.__reduce__()) < 3
 
     @property
     def first_seq(self):
@@ -221,14 +233,42 @@ cdef class Batch:
 
     def __getitem__(self, index):
         found = self.events[index]
-        self.iterator = None
-        if isinstance(index, int):
-            self.indexed = (index if index >= 0 else index + len(self.events)) + 1
-        else:
+        if isinstance(index, slice):
+            self.look(PyList_GET_SIZE(self.events), True)
             self.sliced = True
+        else:
+            index = index.__index__()
+            self.look((index if index >= 0 else index + PyList_GET_SIZE(self.events)) + 1, False)
         return found
 
     def __iter__(self):
+        if self.iterator is not None and not self.done():
+            return Iteration(self)
+        self.mark = -1
         self.sliced = False
         self.iterator = iter(self.events)
         return self.iterator
+
+
+cdef class Iteration:
+    """One beside the plain iteration of a batch."""
+
+    cdef:
+        Batch batch
+        Py_ssize_t next_index
+
+    def __cinit__(self, Batch batch not None):
+        self.batch = batch
+        self.next_index = 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        cdef Py_ssize_t i = self.next_index
+        if i >= PyList_GET_SIZE(self.batch.events):
+            self.batch.look(i, True)
+            raise StopIteration
+        self.next_index = i + 1
+        self.batch.look(i + 1, False)
+        return <object>PyList_GET_ITEM(self.batch.events, i)
