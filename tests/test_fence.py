@@ -159,6 +159,13 @@ def test_a_handler_that_looks_events_up_is_charged_with_the_last_one_it_looked_a
     assert (bench.fence.handled, bench.fence.cursor) == (1, 2)
 
 
+def test_a_handler_that_empties_its_batch_gets_each_event_once():
+    bench = Bench()
+    bench.fence.consumer.handler = lambda batch: bench.seen.extend(batch.events.pop(0) for _ in range(len(batch)))
+    bench.fence.offer([event(1), event(2)], 2)
+    assert ([each.bus_seq for each in bench.seen], bench.fence.handled, bench.fence.cursor) == ([1, 2], 2, 2)
+
+
 def test_dead_letters_commit_with_the_cursor_that_passed_their_events():
     bench = Bench({2}, emit=True)
     bench.fence.offer([event(1), event(2), event(3)], 3)

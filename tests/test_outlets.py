@@ -118,6 +118,33 @@ def test_an_early_consumer_goes_on_from_the_tape_after_its_breaker_was_open(embe
     assert seen.seqs == list(range(1, 201))
 
 
+def test_an_early_consumer_ends_with_the_bus_though_what_it_waits_for_never_gets_to_the_disk(embed):
+    seen, broken = Seen(), threading.Event()
+
+    def handle(batch):
+        if broken.is_set():
+            raise RuntimeError("not now")
+        seen(batch)
+
+    bus = embed(["schema", "store"], ("shy", plugin(early("shy", handle))), bus="drain_s = 1")
+    held = bus.runtime.store.commit = Held(bus.runtime.store.commit)
+    try:
+        held.go.clear()
+        broken.set()
+        for n in range(20):
+            bus.runtime.publish("market_data", quote(n))
+        [consumer] = bus.runtime.threads
+        wait_until(lambda: consumer.fence.state == "open", "the breaker to open")
+        broken.clear()
+        bus.request("resume", consumer="shy")
+        wait_until(lambda: consumer.fence.ready, "the consumer to wait for the tape")
+        consumer.stop()
+        consumer.join(60)
+        assert not consumer.is_alive() and not seen.events
+    finally:
+        held.go.set()
+
+
 @pytest.mark.parametrize("options", [{"mode": "inline"}, {"mode": "process"}, {"mode": "thread", "lanes": True}])
 def test_early_delivery_needs_a_thread_of_its_own_and_no_lanes(embed, options):
     consumer = Consumer(name="odd", topics=["*"], handler=Seen(), deliver="early", **options)

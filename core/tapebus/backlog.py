@@ -171,5 +171,11 @@ class Backlog:
             return not self._items and not self.lapped
 
     @property
+    def ended(self) -> bool:
+        """Whether `get` gives nothing any more: closed, and what is left, if anything, did not get to the tape."""
+        with self._changed:
+            return self.closed and (self._ahead_of_tape if self.lapped else not self._items)
+
+    @property
     def lag(self) -> int:
         return max(0, self.last_seq - self.cursor)

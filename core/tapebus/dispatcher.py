@@ -137,7 +137,7 @@ class Dispatcher(threading.Thread):
                     self._overtake()
                     self._dispatch(block)
                     failpoint("dispatch.after_block")
-                elif self.backlog.closed and self.backlog.drained:
+                elif self.backlog.ended:
                     break
                 elif not lagging and not self.backlog.lapped:
                     self._rest()

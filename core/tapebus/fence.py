@@ -221,12 +221,14 @@ class Fence:
         while done < len(events):
             half_open = self.breaker.state == "half-open"
             batch = Batch(events[done : done + 1] if half_open else events[done:])
+            # before the call: the list is the handler's, who may take events out of it
+            count = len(batch)
             error = self._call(batch)
             if error is None:
-                self.handled += len(batch)
-                self.breaker.good(len(batch))
+                self.handled += count
+                self.breaker.good(count)
                 self.breaker.succeeded()
-                done += len(batch)
+                done += count
                 continue
             if not batch.position:
                 self._note(f"consumer {self.consumer.name} failed before its first event", error)

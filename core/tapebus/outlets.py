@@ -91,7 +91,7 @@ class ThreadConsumer(threading.Thread):
                 wait = min(wait, 0.25) if wait is not None else 0.25
             piece = self.backlog.get(wait)
             if piece is None:
-                if self.backlog.closed and self.backlog.drained:
+                if self.backlog.ended:
                     break
                 fence.close_unit()
                 continue
