@@ -33,13 +33,16 @@ MARKET = {
 SYMBOLS = tuple(MARKET)
 #: Distinct events a producer holds; from then on its quotes come again, far behind any window of a compressor.
 DISTINCT = 250_000
+#: Their share of the mix: at full rate more than a thousand a second, each with a verdict, an outcome and two messages.
+#: A stack sends a few thousand times fewer, but a bus must not be quick with quotes only.
+SIGNALS = 0.002
 ACTIONS = ("view_signal", "open_chart", "click", "change_risk", "login", "logout")
 
 Event = tuple[str, dict[str, Any], str | None]
 
 
-def mix(seed: int, count: int, symbols: tuple[str, ...] = SYMBOLS) -> list[Event]:
-    """`count` events as ``(event_type, data, correlation_id)``: 90 % quotes, 0.2 % signals, the rest user actions.
+def mix(seed: int, count: int, symbols: tuple[str, ...] = SYMBOLS, signals: float = SIGNALS) -> list[Event]:
+    """`count` events as ``(event_type, data, correlation_id)``: 90 % quotes, a share of `signals`, else user actions.
 
     Each symbol's price walks at random by whole points under a spread that breathes, so that no quote is like the
     one before and the tape compresses as with real prices. Signals have near levels, and end by the walk.
@@ -63,7 +66,7 @@ def mix(seed: int, count: int, symbols: tuple[str, ...] = SYMBOLS) -> list[Event
                 "volume": 1 + int(chance() * 50),
             }
             out.append(("market_data", data, None))
-        elif kind < 0.902:
+        elif kind < 0.9 + signals:
             out.append(signal(f"BENCH_{seed}_{i}", quoted[0], quoted[1], 40 + int(chance() * 60), buy=chance() < 0.5))
         else:
             user = f"user_{int(chance() * 400)}"

@@ -31,6 +31,7 @@ class Size:
     queries: int = 60
     signals: tuple[int, ...] = (100, 1_000, 10_000, 100_000)
     batches: tuple[int, ...] = (1, 10, 100, 1000)
+    shares: tuple[int, ...] = (20, 200, 2000)
     payloads: tuple[int, ...] = (100, 1000, 10_000)
     plugins: tuple[int, ...] = (1, 2, 5, 10, 20)
 
@@ -60,6 +61,7 @@ SIZES = {
         queries=20,
         signals=(100, 10_000),
         batches=(1, 100),
+        shares=(20,),
         payloads=(100, 10_000),
         plugins=(5, 20),
     ),
@@ -77,6 +79,7 @@ SIZES = {
         queries=5,
         signals=(10,),
         batches=(1, 10),
+        shares=(20,),
         payloads=(100,),
         plugins=(5, 6),
     ),

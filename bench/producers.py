@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 import zmq
-from bench.load import DISTINCT, Event, digest_sent, envelope, laps, mix, recorded, renamed
+from bench.load import DISTINCT, SIGNALS, SYMBOLS, Event, digest_sent, envelope, laps, mix, recorded, renamed
 
 #: Events, and bytes of text, a producer keeps in flight at most, so that nothing is dropped for want of memory.
 WINDOW, WINDOW_BYTES = 40_000, 8 << 20
@@ -27,7 +27,7 @@ PATIENCE = 300.0
 class Load(msgspec.Struct):
     """What one producer sends: `kind` is ``publisher``, ``msgpack`` or ``json`` (plain PUSH), or ``paced``.
 
-    `symbols` are its share of the market, `only` one event type, `batch` the events of a PUSH frame, `padding` the
+    `symbols` are its share of the market, `signals` the share of these among its events, `only` one event type, `batch` the events of a PUSH frame, `padding` the
     bytes of a text in each event instead of the mix, `ticks` recorded files whose quotes are the mix's.
     """
 
@@ -37,6 +37,7 @@ class Load(msgspec.Struct):
     source: str
     seed: int = 1
     symbols: list[str] = []
+    signals: float = SIGNALS
     only: str = ""
     batch: int = 1
     padding: int = 0
@@ -50,7 +51,7 @@ class Load(msgspec.Struct):
             return padded(self.seed, min(count, 64 * 1024 * 1024 // self.padding), self.padding)
         if self.ticks:
             return recorded(self.ticks, self.seed, count)
-        options = (tuple(self.symbols),) if self.symbols else ()
+        options = (tuple(self.symbols) or SYMBOLS, self.signals)
         if self.only:
             return [event for event in mix(self.seed, count * 10 // 8 + 100, *options) if event[0] == self.only][:count]
         return mix(self.seed, count, *options)

@@ -22,7 +22,7 @@ SECTIONS = (
     ("Latency and cost at 1,000 events/s", ("latency", "pyzmq", "idle")),
     ("One commit of one event", ("commit-",)),
     ("Shapes of flow", ("one-to-", "four-to-", "pipeline", "diamond", "slow-consumer")),
-    ("What grows with a size", ("batch-", "payload-", "plugins-", "signals-")),
+    ("What grows with a size", ("batch-", "payload-", "share-", "plugins-", "signals-")),
     ("The tape", ("rest", "query-")),
 )
 

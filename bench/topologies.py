@@ -121,12 +121,23 @@ def by_signals(count: int) -> Callable[[Size], Figures]:
     return run
 
 
+def by_share(of_100_000: int) -> Callable[[Size], Figures]:
+    """The mix with more or fewer signals."""
+
+    def run(size: Size) -> Figures:
+        with Bus() as bus:
+            return drive(bus, loads(bus, "publisher", 2, size.topology_events, signals=of_100_000 / 100_000))
+
+    return run
+
+
 def benches(size: Size) -> list[Bench]:
     """All shapes, at the steps that `size` names."""
     steps: list[tuple[str, str, Any, tuple[int, ...]]] = [
         ("batch", "events in a frame of a plain PUSH client", by_batch, size.batches),
         ("payload", "bytes of text in each event", by_payload, size.payloads),
         ("plugins", "plugins on the bus", by_plugins, size.plugins),
+        ("share", "of 100,000 events are signals", by_share, size.shares),
         ("signals", "open signals that each quote is compared with", by_signals, size.signals),
     ]
     return [
