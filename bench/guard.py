@@ -41,6 +41,10 @@ class Skipped(Exception):
     """Nothing can be counted here, and why."""
 
 
+class Failed(Exception):
+    """What was to be counted was not, and why."""
+
+
 class Finding(NamedTuple):
     """One stage against its budget; `verdict` is ``ok``, ``dearer``, ``cheaper`` or ``new``."""
 
@@ -96,7 +100,7 @@ def command_line(valgrind: str, out: Path, *arguments: str) -> list[str]:
 
 
 def count(names: Iterable[str]) -> dict[str, float]:
-    """Instructions an event by stage. Raises `Skipped`, or `RuntimeError` with what the child said."""
+    """Instructions an event by stage. Raises `Skipped`, or `Failed` with what the child said."""
     valgrind = shutil.which("valgrind")
     if valgrind is None:
         raise Skipped("valgrind is not installed (Debian, Ubuntu: apt-get install valgrind)")
@@ -114,7 +118,7 @@ def count(names: Iterable[str]) -> dict[str, float]:
             text=True,
         )
     if done.returncode:
-        raise RuntimeError(f"valgrind ended with code {done.returncode}:\n{done.stderr[-2000:]}")
+        raise Failed(f"valgrind ended with code {done.returncode}:\n{done.stderr[-2000:]}")
     found = {}
     for path in OUT.glob("callgrind.out.*"):
         counted = read_profile(path.read_text())
@@ -224,19 +228,31 @@ def report(findings: list[Finding], budget: dict[str, Any]) -> int:
 
 def main() -> int:
     """Count, compare, print; the exit code is 1 when a stage left its budget."""
+    from bench.workloads import WORKLOADS
+
+    every = [workload.name for workload in WORKLOADS]
     parser = argparse.ArgumentParser(prog="python -m bench.guard", description=main.__doc__)
-    parser.add_argument("stages", nargs="*", help="only these")
+    parser.add_argument("stages", nargs="*", help="only these: " + ", ".join(every))
     parser.add_argument("--record", action="store_true", help="make what is found the budget of this interpreter")
     parser.add_argument("--child", metavar="MARKS", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         child(options.child, options.stages)
         return 0
+    if unknown := sorted(set(options.stages) - set(every)):
+        parser.error(f"no stage is called {', '.join(unknown)}: there are {', '.join(every)}")
+    if options.record and options.stages:
+        parser.error("--record renews the whole budget: leave out the names of stages")
     try:
         found = count(options.stages)
+        if missing := sorted(set(options.stages or every) - found.keys()):
+            raise Failed(f"valgrind left no count of {', '.join(missing)} in {OUT.relative_to(ROOT)}")
     except Skipped as reason:
         print(f"guard: skipped: {reason}")
         return 0
+    except Failed as reason:
+        print(f"guard: {reason}", file=sys.stderr)
+        return 1
     if options.record:
         record(BUDGET, found)
     budget = read(BUDGET).get(key(), {})

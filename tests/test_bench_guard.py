@@ -130,6 +130,24 @@ def test_a_machine_without_valgrind_is_told_so_and_passes(tmp_path):
     assert done.stdout.startswith("guard: skipped: valgrind is not installed")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["decoed"], "no stage is called decoed: there are "), (["--record", "pack"], "--record renews the whole budget")],
+)
+def test_a_stage_that_does_not_exist_or_a_part_of_a_budget_is_refused(monkeypatch, capsys, arguments, said):
+    monkeypatch.setattr(sys, "argv", ["guard", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        guard.main()
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_a_count_that_is_missing_fails(monkeypatch, capsys):
+    monkeypatch.setattr(guard, "count", lambda names: {"pack": 1.0})
+    monkeypatch.setattr(sys, "argv", ["guard", "pack", "decode"])
+    assert guard.main() == 1
+    assert "no count of decode" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("workload", WORKLOADS, ids=[workload.name for workload in WORKLOADS])
 def test_a_workload_gives_the_right_answer_and_knows_a_wrong_one(workload):
     task = workload.make(BLOCK)
