@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def everything(size: plan.Size, results: plan.Results, ticks: list[str]) -> list
     ]
 
 
-@click.group(invoke_without_command=True)
+@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--quick", "size", flag_value="quick", help="About a minute, for a first look.")
 @click.option("--full", "size", flag_value="full", help="More rounds and events, a tape of 50 million.")
 @click.option("--tiny", "size", flag_value="tiny", hidden=True)
@@ -95,6 +96,11 @@ def main(
     """Measure, print the tables, write the figures to build/bench/latest.json.
 
     Ends with 1 when a benchmark's answer was wrong.
+
+    \b
+    python -m bench --quick --only publisher --only latency
+    python -m bench --only "peer:redis*" --rounds 5 --json before.json
+    python -m bench show before.json
     """
     if context.invoked_subcommand is not None:
         return
@@ -104,7 +110,7 @@ def main(
     benches = plan.chosen(everything(chosen, results, [str(each.resolve()) for each in ticks]), only)
     if listing:
         for each in benches:
-            click.echo(f"{each.name:24} {each.what}")
+            click.echo(listed(each, max(len(other.name) for other in benches)))
         return
     if not benches:
         raise click.UsageError(f"no benchmark is called {', '.join(only)}: --list names them")
@@ -120,23 +126,40 @@ def main(
     sys.exit(1 if results.wrong else 0)
 
 
+def listed(bench: plan.Bench, width: int) -> str:
+    """Name and meaning in two columns, the second folded."""
+    return textwrap.fill(
+        f"{bench.name:{width}}  {bench.what}", COLUMNS, subsequent_indent=" " * (width + 2), break_on_hyphens=False
+    )
+
+
 def save(results: dict[str, Any], file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
 
 
 def load(file: Path) -> dict[str, Any]:
-    results: dict[str, Any] = json.loads(file.read_text())
+    """A run from its file; `click.BadParameter` when it is none."""
+    try:
+        results: dict[str, Any] = json.loads(file.read_text())
+        if not results.keys() >= plan.Results().as_json().keys():
+            raise ValueError("figures are missing")
+    except (ValueError, AttributeError) as error:
+        raise click.BadParameter(
+            f"{file} is no run ({error}): name a file that python -m bench wrote", param_hint="FILE"
+        ) from None
     return results
 
 
-FILE = click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+FILE = click.argument(
+    "file", default=BUILD / "latest.json", type=click.Path(exists=True, dir_okay=False, path_type=Path)
+)
 
 
 @main.command()
 @FILE
 def show(file: Path) -> None:
-    """Print the tables of an earlier run."""
+    """Print the tables of an earlier run, by default the latest."""
     report.show(load(file), console())
 
 
@@ -144,7 +167,7 @@ def show(file: Path) -> None:
 @FILE
 @click.option("--to", type=click.Path(file_okay=False, path_type=Path), default=BUILD, help="Directory for the SVGs.")
 def plots(file: Path, to: Path) -> None:
-    """Draw a run as SVG files."""
+    """Draw a run, by default the latest, as SVG files."""
     from bench.plots import draw
 
     for _, made in draw(load(file), to):
@@ -155,10 +178,17 @@ def plots(file: Path, to: Path) -> None:
 @FILE
 @click.option("--page", type=click.Path(exists=True, path_type=Path), default=PAGE, help="The page to write into.")
 def render(file: Path, page: Path) -> None:
-    """Write a run's tables and plots into docs/performance.md, between the markers."""
+    """Write a run's tables and plots into docs/performance.md.
+
+    They go between the markers; FILE is by default the latest run.
+    """
     from bench.plots import draw
 
     results = load(file)
+    if not report.fillable(page.read_text(), report.BEGIN, report.END):
+        raise click.BadParameter(
+            f"{page} has no lines {report.BEGIN!r} and {report.END!r} to write between", param_hint="--page"
+        )
     made = draw(results, page.parent / "plots")
     report.render(results, page, [(title, path.relative_to(page.parent).as_posix()) for title, path in made])
     click.echo(os.path.relpath(page))

@@ -207,9 +207,13 @@ def main() -> None:
         sys.exit(f"profile: no run to render: {file} is missing")
     text = render(json.loads(file.read_text()))
     if options.render:
-        report.fill(Path(options.render), BEGIN, END, text)
+        page = Path(options.render)
+        if not page.is_file() or not report.fillable(page.read_text(), BEGIN, END):
+            sys.exit(f"profile: {page} is no page with the lines {BEGIN!r} and {END!r} to write between")
+        report.fill(page, BEGIN, END, text)
     else:
         print(text)
+        print(f"profile: symbols, stacks and the flame graph, as far as the tools are here, are in {OUT}")
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def summary(results: dict[str, Any]) -> list[str]:
         *([f"peers: {peers}"] if peers else []),
         f"commit {commit['id']}{' with changes' if commit['dirty'] else ''}, {results['date']}, "
         f"load before {' '.join(map(str, results['load_before']))}, size {results['size']}, "
-        f"{results['rounds']} rounds",
+        f"{results['rounds']} round{'' if results['rounds'] == 1 else 's'}",
         "Ours is the median of the rounds; the best stands beside it. Targets are judged by the median.",
     ]
     lines += [f"skipped: {name}: {reason}" for name, reason in results["skipped"].items()]
@@ -142,7 +142,13 @@ def _table(console: Console, title: str, head: list[str], lines: list[list[str]]
         table.add_column(name, justify="left" if place == 0 or name in LEFT else "right", no_wrap=True)
     for line in lines:
         table.add_row(*line)
-    console.print(table, markup=False)
+    if console.is_terminal:
+        console.print(table, markup=False)
+        return
+    with console.capture() as drawn:
+        console.print(table, markup=False)
+    for text in drawn.get().splitlines():
+        console.print(text.rstrip(), highlight=False, markup=False)
 
 
 def markdown(results: dict[str, Any], plots: list[tuple[str, str]]) -> str:
@@ -170,11 +176,16 @@ def render(results: dict[str, Any], page: Path, plots: list[tuple[str, str]]) ->
     fill(page, BEGIN, END, markdown(results, plots))
 
 
+def fillable(text: str, opening: str, closing: str) -> bool:
+    """Whether `text` has both lines, in this order."""
+    return closing in text.partition(opening)[2]
+
+
 def fill(page: Path, opening: str, closing: str, written: str) -> None:
     """Put `written` between two lines of `page`; `ValueError` where they are not there."""
     text = page.read_text()
-    before, begin, rest = text.partition(opening)
-    _, end, after = rest.partition(closing)
-    if not begin or not end:
+    if not fillable(text, opening, closing):
         raise ValueError(f"{page}: the lines {opening!r} and {closing!r} are missing")
+    before, _, rest = text.partition(opening)
+    _, _, after = rest.partition(closing)
     page.write_text(f"{before}{opening}\n\n{written.strip()}\n\n{closing}{after}")

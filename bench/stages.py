@@ -218,7 +218,7 @@ def table(account: dict[str, Any], smallest: float = 0.005) -> str:
     lines = ["| Process, thread | Stage | ns an event | Share |", "|---|---|---:|---:|"]
     for process in account["processes"]:
         whole = process["ns_per_event"]
-        lines.append(f"| **{process['name']}** | | **{whole:,.0f}** | **100 %** |")
+        lines.append(f"| **{process['name']}** | | **{whole:,.0f}** | **100%** |")
         for thread in process["threads"]:
             share = thread["ns_per_event"] / whole
             if share < smallest:

@@ -152,7 +152,7 @@ def benches(size: Size) -> list[Bench]:
             rounds=False,
         ),
         *(
-            Bench(f"{name}-{step}", f"{step:,} {what}", make(step), rounds=f"{name}-{step}" in COMPARED)
+            Bench(f"{name}-{step}", f"{what}: {step:,}", make(step), rounds=f"{name}-{step}" in COMPARED)
             for name, what, make, values in steps
             for step in values
         ),

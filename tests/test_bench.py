@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # bench is part of the repository, not of what is installed
 
+from bench import __main__ as bench_command  # noqa: E402
 from bench import (  # noqa: E402
     commits,
     harness,
@@ -270,6 +272,39 @@ def test_the_command_measures_prints_and_writes_the_run(tmp_path: Path) -> None:
         [sys.executable, "-m", "bench", "show", str(file)], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert again.stdout.splitlines()[2:] and again.stdout.splitlines()[2] in ran.stdout
+
+
+def test_the_list_keeps_to_a_hundred_columns_and_names_each_once() -> None:
+    benches = bench_command.everything(TINY, plan.Results(), [])
+    shown = CliRunner().invoke(bench_command.main, ["--tiny", "--list"]).output.splitlines()
+    assert max(map(len, shown)) <= 100
+    assert [line.split()[0] for line in shown if not line.startswith(" ")] == [bench.name for bench in benches]
+
+
+@pytest.mark.parametrize("command", ["show", "plots", "render"])
+@pytest.mark.parametrize("text", ["no JSON", "[]", '{"a": 1}'])
+def test_a_file_that_is_no_run_is_refused_in_words(tmp_path: Path, command: str, text: str) -> None:
+    file = tmp_path / "run.json"
+    file.write_text(text)
+    done = CliRunner().invoke(bench_command.main, [command, str(file)])
+    assert done.exit_code == 2 and "is no run" in done.output
+
+
+def test_a_page_without_markers_is_refused_before_anything_is_drawn(tmp_path: Path) -> None:
+    file, page = tmp_path / "run.json", tmp_path / "page.md"
+    file.write_text(json.dumps(run_of(FULL)))
+    page.write_text("# No markers\n")
+    done = CliRunner().invoke(bench_command.main, ["render", str(file), "--page", str(page)])
+    assert done.exit_code == 2 and "has no lines" in done.output
+    assert sorted(tmp_path.iterdir()) == [page, file]
+
+
+def test_tables_in_a_pipe_end_without_spaces(tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps(run_of(FULL)))
+    lines = CliRunner().invoke(bench_command.main, ["show", str(file)]).output.splitlines()
+    assert "batch-100.events_per_s" in "".join(lines)
+    assert [line for line in lines if line != line.rstrip()] == []
 
 
 # -- targets and the page ----------------------------------------------------------------------------------------

@@ -138,7 +138,7 @@ def test_the_table_shows_each_thread_and_adds_up_what_is_small():
     account = {"processes": [{"name": "bus", "ns_per_event": 708.0, "threads": [thread, idle]}]}
     lines = stages.table(account, smallest=0.007).splitlines()
     assert lines[2:] == [
-        "| **bus** | | **708** | **100 %** |",
+        "| **bus** | | **708** | **100%** |",
         "| `tb-dispatch` | | 707 | 100% |",
         "| | decode | 700 | 98.9% |",
         "| | others | 7 | 1.0% |",
@@ -162,5 +162,5 @@ def test_the_account_of_a_run_is_put_into_the_page_and_replaces_the_one_before(t
         report.fill(page, profile.BEGIN, profile.END, profile.render(account | {"events": events}))
     text = page.read_text()
     assert "Load: publisher; 1,000,000 events in 10.0 s, 200 open signals" in text and "; 5 events" not in text
-    assert text.count("| **bus** | | **708** | **100 %** |") == 1
+    assert text.count("| **bus** | | **708** | **100%** |") == 1
     assert text.index(profile.BEGIN) < text.index("**708**") < text.index(profile.END)
