@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -151,6 +153,15 @@ def test_pm2_takes_the_sizes_pm2_knows(capsys, size):
 def test_a_bind_beyond_this_machine_exits_78(capsys, monkeypatch):
     monkeypatch.setenv("TAPEBUS_LISTEN_FEED", "tcp://0.0.0.0:5570")
     assert failure(capsys, "run")[0] == 78
+
+
+@pytest.mark.parametrize("command", ["query", "tail"])
+def test_the_examples_in_a_help_are_understood(capsys, command):
+    assert main([command, "--help"]) == 0
+    examples = re.findall(rf"^  tapebus ({command} .*)$", capsys.readouterr().out, re.M)
+    assert len(examples) >= 2
+    for example in examples:
+        assert main([*shlex.split(example), "--help"]) == 0, example  # --help is looked at after all options are
 
 
 def test_help_names_every_command_of_the_core_and_of_plugins(capsys):

@@ -32,7 +32,13 @@ def query(
     reverse: bool,
     as_json: bool,
 ) -> None:
-    """Print events from the tape; the bus need not run. With --json, one object per line."""
+    """Print events from the tape; the bus need not run. With --json, one object per line.
+
+    \b
+    tapebus query --last 20
+    tapebus query --topic signal_outcome --since 6h
+    tapebus query --correlation-id EG_1 --json
+    """
     show = event_json if as_json else event_line
     with open_tape(config) as tape:
         found = tape.read(
@@ -91,6 +97,10 @@ def tail(
     """Print the newest events, then every new one as it reaches the disk, until interrupted.
 
     With --feed new events only, one JSON object a line, as they were published.
+
+    \b
+    tapebus tail --topic "trade.*"
+    tapebus tail -n 0 --json
     """
     if feed:
         for line in _feed_lines(feed, f"{config.feed.topic_prefix}.".lstrip("."), topics, key):
