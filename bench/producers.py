@@ -27,8 +27,9 @@ PATIENCE = 300.0
 class Load(msgspec.Struct):
     """What one producer sends: `kind` is ``publisher``, ``msgpack`` or ``json`` (plain PUSH), or ``paced``.
 
-    `symbols` are its share of the market, `signals` the share of these among its events, `only` one event type, `batch` the events of a PUSH frame, `padding` the
-    bytes of a text in each event instead of the mix, `ticks` recorded files whose quotes are the mix's.
+    `symbols` are its share of the market, `signals` the share of these among its events, `only` one event type, `batch`
+    the events of a PUSH frame, `padding` the bytes of a text in each event instead of the mix, `ticks` recorded files
+    whose quotes are the mix's.
     """
 
     kind: str
