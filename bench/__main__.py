@@ -28,8 +28,9 @@ def console() -> Console:
 class Progress:
     """One line for each benchmark that is done; on a terminal also what runs now."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, width: int) -> None:
         self._console = console
+        self._width = width
         self._status = console.status("") if console.is_terminal else None
 
     def __call__(self, place: str, bench: str, found: plan.Figures | str) -> None:
@@ -41,12 +42,12 @@ class Progress:
         if self._status is not None:
             self._status.stop()
         said = found if isinstance(found, str) else self._said(found)
-        line = f"{place}  {bench:<24} {said}"
+        line = f"{place}  {bench:<{self._width}}  {said}"
         self._console.print(line, highlight=False, markup=False, soft_wrap=isinstance(found, str))
 
     def _said(self, figures: plan.Figures) -> str:
         """As many of the figures as fit into the line."""
-        out, room = "", COLUMNS - 32
+        out, room = "", COLUMNS - self._width - 8
         for name, value in figures.items():
             more = f"{name} {report.number(value)}  "
             if len(out) + len(more) > room:
@@ -108,15 +109,16 @@ def main(
     chosen = replace(chosen, rounds=rounds or chosen.rounds, events=events or chosen.events)
     results = plan.Results()
     benches = plan.chosen(everything(chosen, results, [str(each.resolve()) for each in ticks]), only)
+    width = max((len(each.name) for each in benches), default=0)
     if listing:
         for each in benches:
-            click.echo(listed(each, max(len(other.name) for other in benches)))
+            click.echo(listed(each, width))
         return
     if not benches:
         raise click.UsageError(f"no benchmark is called {', '.join(only)}: --list names them")
     out = console()
     described = machine.described()
-    plan.run(benches, chosen, Progress(out), results)
+    plan.run(benches, chosen, Progress(out, width), results)
     whole = {**described, "size": chosen.name, "rounds": chosen.rounds, **results.as_json()}
     file = file or BUILD / "latest.json"
     save(whole, file)

@@ -158,7 +158,8 @@ def markdown(results: dict[str, Any], plots: list[tuple[str, str]]) -> str:
     if others := peer_cells(results):
         out += ["", "### Peers and floors, in the same run", "", *_markdown(PEERS_HEAD, others)]
         promises = dict.fromkeys(f"- {name}: {each['promise']}" for name, each in results["peers"].items())
-        out += ["", "What a peer promises of an event it has acknowledged:", "", *promises]
+        if promises:
+            out += ["", "What a peer promises of an event it has acknowledged:", "", *promises]
     for title, path in plots:
         out += ["", f"![{title}]({path})"]
     for heading, lines in sections(results):
@@ -167,7 +168,7 @@ def markdown(results: dict[str, Any], plots: list[tuple[str, str]]) -> str:
 
 
 def _markdown(head: list[str], lines: list[list[str]]) -> list[str]:
-    rule = ["---" if place == 0 else "---:" for place in range(len(head))]
+    rule = ["---" if place == 0 or name in LEFT else "---:" for place, name in enumerate(head)]
     return [f"| {' | '.join(cells)} |" for cells in (head, rule, *lines)]
 
 

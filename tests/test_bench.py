@@ -350,6 +350,7 @@ def test_peers_and_floors_stand_beside_the_way_in_that_they_belong_to() -> None:
         ["floor:json-decode", "", "3,500,000", "4,000,000", "0.100", "", ""],
     ]
     assert "- peer:redis-everysec: a second at risk" in report.markdown(run, [])
+    assert "What a peer promises" not in report.markdown(run_of({"floor:json-decode.events_per_s": [1.0]}), [])
     assert not any("peer:" in line[0] for _, lines in report.sections(run) for line in lines)
 
 
