@@ -67,8 +67,9 @@ def test_a_compiled_module_is_private_and_has_a_stub_that_parses(name):
     ast.parse((CORE / f"{name}.pyi").read_text())
 
 
-def test_a_pxd_stands_beside_a_pyx():
-    assert {path.stem for path in CORE.glob("*.pxd")} - {"__init__"} <= compiled_modules()
+def test_a_pxd_stands_beside_a_pyx_or_holds_nothing_but_inlined_code():
+    alone = [path for path in CORE.glob("*.pxd") if path.stem not in compiled_modules() | {"__init__"}]
+    assert all("cdef inline" in path.read_text() and "cdef class" not in path.read_text() for path in alone)
 
 
 def test_source_roots_are_not_packages():
