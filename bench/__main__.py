@@ -96,7 +96,7 @@ def main(
 ) -> None:
     """Measure, print the tables, write the figures to build/bench/latest.json.
 
-    Ends with 1 when a benchmark's answer was wrong.
+    Ends with 1 when a benchmark's answer was wrong. Ctrl-C keeps the figures so far.
 
     \b
     python -m bench --quick --only publisher --only latency
@@ -118,13 +118,22 @@ def main(
         raise click.UsageError(f"no benchmark is called {', '.join(only)}: --list names them")
     out = console()
     described = machine.described()
-    plan.run(benches, chosen, Progress(out, width), results)
+    interrupted = False
+    try:
+        plan.run(benches, chosen, Progress(out, width), results)
+    except KeyboardInterrupt:
+        if not results.repetitions:
+            raise
+        interrupted = True
     whole = {**described, "size": chosen.name, "rounds": chosen.rounds, **results.as_json()}
     file = file or BUILD / "latest.json"
     save(whole, file)
     out.print()
     report.show(whole, out)
     out.print(f"figures in {os.path.relpath(file)}", highlight=False, markup=False)
+    if interrupted:
+        out.print("interrupted: these are the figures so far", highlight=False)
+        sys.exit(130)
     sys.exit(1 if results.wrong else 0)
 
 

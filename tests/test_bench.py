@@ -274,6 +274,18 @@ def test_the_command_measures_prints_and_writes_the_run(tmp_path: Path) -> None:
     assert again.stdout.splitlines()[2:] and again.stdout.splitlines()[2] in ran.stdout
 
 
+def test_an_interrupted_run_keeps_the_figures_so_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(benches: Any, size: Any, tell: Any, results: plan.Results) -> None:
+        results.add("latency", {"p50_ms": 1.5})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plan, "run", interrupted)
+    file = tmp_path / "run.json"
+    done = CliRunner().invoke(bench_command.main, ["--tiny", "--json", str(file)])
+    assert done.exit_code == 130 and "interrupted" in done.output
+    assert json.loads(file.read_text())["figures"]["latency.p50_ms"]["median"] == 1.5
+
+
 def test_the_list_keeps_to_a_hundred_columns_and_names_each_once() -> None:
     benches = bench_command.everything(TINY, plan.Results(), [])
     shown = CliRunner().invoke(bench_command.main, ["--tiny", "--list"]).output.splitlines()
