@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -204,6 +205,7 @@ def plain(load: Load) -> dict[str, Any]:
 KINDS = {"publisher": publisher, "msgpack": push, "json": push, "paced": paced, "plain": plain}
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the whole run; the harness says so
     if len(sys.argv) == 2:
         wanted = msgspec.json.decode(sys.argv[1], type=Load)
     else:
