@@ -16,6 +16,7 @@ from rich.console import Console
 
 BUILD = machine.ROOT / "build" / "bench"
 PAGE = machine.ROOT / "docs" / "performance.md"
+README = machine.ROOT / "README.md"
 #: Columns of what goes into a pipe or a file.
 COLUMNS = 100
 
@@ -94,7 +95,7 @@ def main(
     listing: bool,
     file: Path | None,
 ) -> None:
-    """Measure, print the tables, write the figures to build/bench/latest.json.
+    """Measure, print the tables, write the figures to build/bench/latest.json (with --only: part.json).
 
     Ends with 1 when a benchmark's answer was wrong. Ctrl-C keeps the figures so far.
 
@@ -126,7 +127,8 @@ def main(
             raise
         interrupted = True
     whole = {**described, "size": chosen.name, "rounds": chosen.rounds, **results.as_json()}
-    file = file or BUILD / "latest.json"
+    # what a part of the benchmarks found must not take the place of a whole run
+    file = file or BUILD / ("part.json" if only else "latest.json")
     save(whole, file)
     out.print()
     report.show(whole, out)
@@ -188,21 +190,26 @@ def plots(file: Path, to: Path) -> None:
 @main.command()
 @FILE
 @click.option("--page", type=click.Path(exists=True, path_type=Path), default=PAGE, help="The page to write into.")
-def render(file: Path, page: Path) -> None:
-    """Write a run's tables and plots into docs/performance.md.
+@click.option(
+    "--readme", type=click.Path(exists=True, path_type=Path), default=README, help="The page for the short one."
+)
+def render(file: Path, page: Path, readme: Path) -> None:
+    """Write a run's tables and plots into docs/performance.md, and a short table into README.md.
 
     They go between the markers; FILE is by default the latest run.
     """
     from bench.plots import draw
 
     results = load(file)
-    if not report.fillable(page.read_text(), report.BEGIN, report.END):
-        raise click.BadParameter(
-            f"{page} has no lines {report.BEGIN!r} and {report.END!r} to write between", param_hint="--page"
-        )
+    for each, option in ((page, "--page"), (readme, "--readme")):
+        if not report.fillable(each.read_text(), report.BEGIN, report.END):
+            raise click.BadParameter(
+                f"{each} has no lines {report.BEGIN!r} and {report.END!r} to write between", param_hint=option
+            )
     made = draw(results, page.parent / "plots")
     report.render(results, page, [(title, path.relative_to(page.parent).as_posix()) for title, path in made])
-    click.echo(os.path.relpath(page))
+    report.fill(readme, report.BEGIN, report.END, report.in_short(results))
+    click.echo(f"{os.path.relpath(page)}\n{os.path.relpath(readme)}")
 
 
 if __name__ == "__main__":

@@ -82,6 +82,34 @@ def peer_cells(results: dict[str, Any]) -> list[list[str]]:
     return out
 
 
+#: What an operator would run instead: the line of README.md, and the benchmark it is taken from.
+INSTEAD = (
+    ("tapebus, acknowledged: on disk and through five plugins", "publisher"),
+    ("tapebus, plain ZeroMQ PUSH of MessagePack, the same way", "push-msgpack"),
+    ("tapebus, plain ZeroMQ PUSH of JSON, the same way", "push-json"),
+    ("Redis Streams, append-only file synced every second", "peer:redis-everysec"),
+    ("Redis Streams, append-only file always synced", "peer:redis-always"),
+    ("NATS JetStream, file store, synced every two minutes", "peer:jetstream"),
+    ("NATS JetStream, file store, always synced", "peer:jetstream-always"),
+    ("ZeroMQ PUSH/PULL of JSON into SQLite (WAL)", "peer:sqlite-normal"),
+)
+
+
+def in_short(results: dict[str, Any]) -> str:
+    """The few lines for README.md: ours and what is in use today, from one run."""
+    figures = results["figures"]
+    ours = figures.get("publisher.events_per_s", {}).get("rounds", [])
+    lines = []
+    for what, bench in INSTEAD:
+        found = figures.get(f"{bench}.events_per_s", {}).get("rounds", [])
+        if found:
+            ratio = divided(ours, found) if bench.startswith("peer:") else []
+            lines.append([what, number(median(found)), f"{number(median(ratio))} ×" if ratio else ""])
+    return "\n".join(
+        [*_markdown(["one event at a time, 2 cores", "events/s", "tapebus is"], lines), "", summary(results)[0]]
+    )
+
+
 def sections(results: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
     """The other tables: heading and lines of figure, median, best, unit, rounds. What fits nowhere comes last."""
     left = {

@@ -418,6 +418,14 @@ def test_a_run_is_rendered_between_the_markers_and_nothing_else_changes(tmp_path
         report.render(run, page, [])
 
 
+def test_the_short_table_compares_ours_with_what_was_run_beside_it() -> None:
+    ours, redis = [400_000.0, 600_000.0], [100_000.0, 100_000.0]
+    run = run_of({"publisher.events_per_s": ours, "peer:redis-always.events_per_s": redis})
+    lines = report.in_short(run).splitlines()
+    assert [line.split("|")[2:4] for line in lines[2:4]] == [[" 500,000 ", "  "], [" 100,000 ", " 5.00 × "]]
+    assert report.fillable((ROOT / "README.md").read_text(), report.BEGIN, report.END)
+
+
 def test_the_page_of_the_documentation_has_the_markers(tmp_path: Path) -> None:
     page = tmp_path / "performance.md"
     page.write_text((ROOT / "docs" / "performance.md").read_text())

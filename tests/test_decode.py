@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import struct
+from typing import Any
 
+import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from tapebus._decode import Batch, run_checks, split, stamp
+from tapebus._decode import Batch, InOrder, run_checks, split, stamp
 from tapebus.blocks import BlockView
-from tapebus.events import GenericEvent
+from tapebus.errors import PluginError
+from tapebus.events import EventType, GenericEvent, Registry
 
 
 def view(*topics: int) -> BlockView:
@@ -66,3 +71,26 @@ def test_what_else_looks_at_a_batch_counts_only_until_its_iteration_has_moved_on
             break
         assert n in (1, 2) or batch.position == n + 1
     assert batch.position == 4 and not batch.exhausted
+
+
+class Pair(msgspec.Struct, frozen=True, gc=False):
+    low: Any
+    high: Any
+
+
+@given(st.lists(st.tuples(*[st.sampled_from([1.0, 2.0, -0.0, float("nan"), float("inf"), 1, None, "1"])] * 2)))
+def test_a_rule_is_not_asked_about_numbers_in_order_and_is_asked_about_everything_else(pairs):
+    registry = Registry([EventType("pair", Pair, check=lambda each: "asked", in_order=("low", "high"))])
+    made = registry.classes["pair"]
+    check = InOrder(registry.types["pair"].check, made, Pair, "low", "high")
+    events = [made(timestamp=0.0, source="", data=Pair(low, high)) for low, high in pairs]
+    asked = [i for i, _ in run_checks(events, view(*[1] * len(pairs)), 0, [None, check]) or ()]
+    floats = [isinstance(low, float) and isinstance(high, float) for low, high in pairs]
+    assert asked == [i for i, (low, high) in enumerate(pairs) if not (floats[i] and low <= high)]
+    other = GenericEvent(event_type="pair", timestamp=0.0, source="", data={"low": 1.0, "high": 2.0})
+    assert run_checks([other], view(1), 0, [None, check]) == [(0, "asked")] and check(other) == "asked"
+
+
+def test_fields_to_compare_must_exist():
+    with pytest.raises(PluginError, match="'pair': in_order names fields"):
+        Registry([EventType("pair", Pair, check=lambda each: None, in_order=("low", "top"))])

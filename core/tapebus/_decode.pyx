@@ -2,8 +2,9 @@
 """The compiled part of decoding and fan-out: gather, stamp, check and split runs of events."""
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.float cimport PyFloat_AS_DOUBLE, PyFloat_CheckExact
 from cpython.list cimport PyList_Append, PyList_GET_ITEM, PyList_GET_SIZE, PyList_New
-from cpython.object cimport PyObject
+from cpython.object cimport PyObject, Py_TYPE
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from cpython.tuple cimport PyTuple_GET_ITEM, PyTuple_GET_SIZE
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
@@ -31,7 +32,12 @@ cdef extern from *:
         *slot = value;
         Py_XDECREF(old);
     }
+    /* Borrowed, for as long as the object lives and is frozen. */
+    static inline PyObject *tb_get(PyObject *object, Py_ssize_t offset) {
+        return *(PyObject **)((char *)object + offset);
+    }
     """
+    PyObject *tb_get(object o, Py_ssize_t offset)
     Py_ssize_t tb_slot(object descriptor)
     Py_ssize_t PyObject_LengthHint(object o, Py_ssize_t default) except -1
     void tb_set(object o, Py_ssize_t offset, object value)
@@ -130,6 +136,45 @@ def stamp_at(list events not None, BlockView origin not None, list places not No
         tb_set(event, ORIGIN_SLOT, origin)
 
 
+cdef class InOrder:
+    """A rule that need not be asked about an event whose `low` is not above its `high`, two numbers of its payload.
+
+    Called, it is the rule itself.
+    """
+
+    cdef:
+        readonly object rule
+        object event, payload       # the classes whose slots the offsets are of
+        Py_ssize_t data, low, high
+
+    def __init__(self, rule, event not None, payload not None, str low not None, str high not None):
+        self.rule = rule
+        self.event, self.payload = event, payload
+        self.data = tb_slot(getattr(event, "data"))
+        self.low, self.high = tb_slot(getattr(payload, low)), tb_slot(getattr(payload, high))
+        if min(self.data, self.low, self.high) <= 0:
+            raise TypeError(f"{payload.__name__} has no fields {low!r} and {high!r} to compare")
+
+    def __call__(self, event):
+        return self.rule(event)
+
+    cdef bint holds(self, object event):
+        """Whether the two are numbers in order; False where the rule has to be asked."""
+        cdef PyObject *low
+        cdef PyObject *high
+        cdef PyObject *data
+        if <PyObject *>Py_TYPE(event) != <PyObject *>self.event:
+            return False
+        data = tb_get(event, self.data)
+        if data == NULL or <PyObject *>Py_TYPE(<object>data) != <PyObject *>self.payload:
+            return False
+        low, high = tb_get(<object>data, self.low), tb_get(<object>data, self.high)
+        return (
+            low != NULL and high != NULL and PyFloat_CheckExact(<object>low) and PyFloat_CheckExact(<object>high)
+            and PyFloat_AS_DOUBLE(<object>low) <= PyFloat_AS_DOUBLE(<object>high)
+        )
+
+
 def run_checks(list events not None, BlockView view not None, uint32_t first, list checks not None):
     """Apply ``checks[topic]`` to each event; the list of ``(index, reason)`` of those that break a rule."""
     cdef Py_ssize_t i, n = PyList_GET_SIZE(events), limit = PyList_GET_SIZE(checks)
@@ -141,6 +186,8 @@ def run_checks(list events not None, BlockView view not None, uint32_t first, li
             continue
         check = <object>PyList_GET_ITEM(checks, topic)
         if check is None:
+            continue
+        if type(check) is InOrder and (<InOrder>check).holds(<object>PyList_GET_ITEM(events, i)):
             continue
         try:
             reason = check(<object>PyList_GET_ITEM(events, i))

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from tapebus._decode import SINGLE_RUN, gather, run_checks, stamp, stamp_at
+from tapebus._decode import SINGLE_RUN, InOrder, gather, run_checks, stamp, stamp_at
 from tapebus._scan import EXTENSION_FLAG, JSON_FLAG, NONFINITE_FLAG, WIDE_FLAG
 from tapebus._topics import Topics
 from tapebus.blocks import BlockView
@@ -60,9 +60,15 @@ class Codec:
         if self._known != len(self.topics):
             self._known = len(self.topics)
             names = self.topics.after(0)
-            types = self.registry.types
-            self._checks = [None] + [types[n].check if n in types else None for n in names.values()]
+            self._checks = [None, *(self._check(name) for name in names.values())]
         return self._checks
+
+    def _check(self, name: str) -> Any:
+        """The rule of an event type, None for a type without one."""
+        found = self.registry.types.get(name)
+        if found is None or found.check is None or found.in_order is None:
+            return found.check if found is not None else None
+        return InOrder(found.check, self.registry.classes[name], found.payload, *found.in_order)
 
     # -- live ------------------------------------------------------------------------------------
 

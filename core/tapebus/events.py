@@ -77,6 +77,8 @@ class EventType(Struct, frozen=True):
     ``aliases`` maps a spelling found on the wire to the canonical field of ``payload``.
     ``check(event)`` returns a reason when a rule over several fields is broken, else ``None``;
     it runs on the dispatcher thread for each event of the type and must be fast and pure.
+    ``in_order`` names two number fields of the payload; where the first is not above the second ``check`` need not be
+    asked, which saves its time for events that come by the hundred thousand.
     ``prepare(data)`` may change the plain ``dict`` of a payload that did not decode as it is
     (legacy time formats, numbers as strings) before the second, last try.
     ``policy`` says what becomes of an invalid event: ``reject`` (dead letter, delivered nowhere),
@@ -90,6 +92,7 @@ class EventType(Struct, frozen=True):
     prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     policy: Policy = "reject"
     doc: str = ""
+    in_order: tuple[str, str] | None = None
 
 
 #: Why a plugin could not handle an event: its handler raised, came no further, or its process ended.
@@ -129,6 +132,8 @@ class Registry:
         """Register one type; raises `PluginError` when the name is taken."""
         if event_type.name in self.types:
             raise PluginError(f"event type {event_type.name!r} is registered twice: disable one of the plugins")
+        if not {*(event_type.in_order or ())} <= {*event_type.payload.__struct_fields__}:
+            raise PluginError(f"event type {event_type.name!r}: in_order names fields its payload does not have")
         self.types[event_type.name] = event_type
         self.classes[event_type.name] = msgspec.defstruct(  # type: ignore[assignment]
             "".join(part.title() for part in event_type.name.replace(".", "_").split("_")),

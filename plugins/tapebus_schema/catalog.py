@@ -51,6 +51,7 @@ def _type(
     payload: type[Struct],
     *,
     check: Any = None,
+    in_order: tuple[str, str] | None = None,
     policy: Policy = "reject",
     broker_offset: float | None = None,
     **extra: tuple[str, ...],
@@ -64,6 +65,7 @@ def _type(
         payload=payload,
         aliases=aliases,
         check=check,
+        in_order=in_order,
         prepare=Prepare(payload, aliases, NESTED, broker_offset),
         policy=policy,
         doc=(payload.__doc__ or "").strip().split("\n")[0],
@@ -88,7 +90,7 @@ def default_types(broker_offset: float | None = None) -> list[EventType]:
     add("system_health", trading.SystemHealth)
     add("user_action", trading.UserAction, check=rules.user)
     # Crossed quotes are real (one recorded day has 18,285): worth keeping and seeing, wrong to trade on.
-    add("market_data", trading.MarketData, check=rules.quote, policy="quarantine")
+    add("market_data", trading.MarketData, check=rules.quote, in_order=("bid", "ask"), policy="quarantine")
     add("pattern_detected", trading.PatternDetected)
     add("ea_heartbeat", trading.EaHeartbeat, free_margin=("margin_free",))
     add("position_closed", trading.PositionClosed, volume=LOTS, close_price=("price",), profit=("pnl",))
