@@ -10,7 +10,7 @@ GROUP    = $(BIN)/python -c 'import sys, tomllib; \
 SOURCES := $(wildcard core/tapebus/*.pyx core/tapebus/*.pxd core/tapebus/*.h)
 WORKERS ?= 2
 # What `make asan` tests: the modules that handle memory themselves.
-COMPILED := ring scan blocks outbox ingest security decode codec
+COMPILED := ring scan blocks outbox ingest security decode bands codec
 
 export PIP_ROOT_USER_ACTION := ignore
 

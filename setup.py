@@ -13,7 +13,7 @@ from setuptools.command.build_ext import build_ext
 MODULES = (
     *("_topics", "_scan_json", "_scan_msgpack", "_scan", "_blocks", "_libzmq", "_ring"),
     *("_rights", "_sessions", "_intake", "_push", "_ingest"),
-    *("_decode", "_outbox", "_emitter", "_line"),
+    *("_decode", "_bands", "_outbox", "_emitter", "_line"),
 )
 
 TRACE, ANNOTATE, SANITIZE = (bool(os.environ.get(f"TAPEBUS_{name}")) for name in ("TRACE", "ANNOTATE", "SANITIZE"))

@@ -18,6 +18,7 @@ PACKAGES = sorted(path.parent for path in (ROOT / "plugins").glob("*/__init__.py
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 #: What a plugin may import from the core, besides names of `tapebus` itself.
 PUBLIC = {
+    "tapebus.bands",
     "tapebus",
     "tapebus.blocks",
     "tapebus.bridge",

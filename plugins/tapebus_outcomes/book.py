@@ -2,7 +2,7 @@
 
 Three ideas carry the cost:
 
-* *Box.* ``bid_low..bid_high`` and ``ask_low..ask_high`` span the quotes since the last signal was
+* *Box.* The bounds of the `Band` (first: bid, second: ask) span the quotes since the last signal was
   opened (the segment). No level of an open signal lies inside, for it would have been hit by
   the quote that widened the box, so a quote inside the box can neither hit a level nor set an extreme.
 * *Clearance.* Between the nearest levels, which the tops of the heaps give, a quote that leaves the box reaches none
@@ -19,6 +19,8 @@ from heapq import heapify, heappop, heappush
 from typing import Any
 
 import msgspec
+
+from tapebus.bands import Band
 
 INF = float("inf")
 
@@ -91,7 +93,7 @@ class Extremes:
 Level = tuple[float, int, Signal]
 
 
-class Book:
+class Book(Band):
     """Quotes and open signals of one symbol.
 
     The heaps hold ``(key, order, signal)`` with finished signals deleted lazily; falling levels are
@@ -101,28 +103,21 @@ class Book:
     __slots__ = (
         "ask_ceiling",
         "ask_floor",
-        "ask_high",
-        "ask_low",
         "bid_ceiling",
         "bid_floor",
-        "bid_high",
-        "bid_low",
         "count",
         "heaps",
-        "last",
         "pending",
-        "quotes",
         "saved_quotes",
         "segment",
         "stacks",
         "stacks_changed",
         "symbol",
-        "time",
     )
 
     def __init__(self, symbol: str, time: float) -> None:
         self.symbol = symbol
-        self.quotes = 0
+        self.seen = 0
         self.saved_quotes = -1
         self.time = time
         self.last: Any = Quote(0.0, 0.0)
@@ -147,21 +142,21 @@ class Book:
 
     def _idle(self) -> None:
         """Nothing is open: every quote is inside the box."""
-        self.bid_low = self.ask_low = -INF
-        self.bid_high = self.ask_high = INF
+        self.low_first = self.low_second = -INF
+        self.high_first = self.high_second = INF
 
     def open(self, signal: Signal) -> None:
         """Follow `signal` from the next quote on."""
-        if self.count and self.quotes > self.segment:
+        if self.count and self.seen > self.segment:
             for stack, value in zip(
-                self.stacks, (self.bid_high, -self.bid_low, self.ask_high, -self.ask_low), strict=True
+                self.stacks, (self.high_first, -self.low_first, self.high_second, -self.low_second), strict=True
             ):
                 stack.push(self.segment, value)
             self.stacks_changed = True
-        if not self.count or self.quotes > self.segment:
-            self.segment = self.quotes
-            self.bid_low = self.ask_low = INF
-            self.bid_high = self.ask_high = -INF
+        if not self.count or self.seen > self.segment:
+            self.segment = self.seen
+            self.low_first = self.low_second = INF
+            self.high_first = self.high_second = -INF
         self.saved_quotes = -1
         self.track(signal)
 
@@ -181,24 +176,24 @@ class Book:
         """Take a good quote that reaches no level into the running segment; False where it may reach one."""
         if self.pending or not (self.bid_floor < bid < self.bid_ceiling and self.ask_floor < ask < self.ask_ceiling):
             return False
-        if bid < self.bid_low:
-            self.bid_low = bid
-        if bid > self.bid_high:
-            self.bid_high = bid
-        if ask < self.ask_low:
-            self.ask_low = ask
-        if ask > self.ask_high:
-            self.ask_high = ask
+        if bid < self.low_first:
+            self.low_first = bid
+        if bid > self.high_first:
+            self.high_first = bid
+        if ask < self.low_second:
+            self.low_second = ask
+        if ask > self.high_second:
+            self.high_second = ask
         return True
 
     def widen(self, bid: float, ask: float) -> None:
         """Take a good quote into the running segment."""
         if not self.count:
             return
-        self.bid_low = min(self.bid_low, bid)
-        self.bid_high = max(self.bid_high, bid)
-        self.ask_low = min(self.ask_low, ask)
-        self.ask_high = max(self.ask_high, ask)
+        self.low_first = min(self.low_first, bid)
+        self.high_first = max(self.high_first, bid)
+        self.low_second = min(self.low_second, ask)
+        self.high_second = max(self.high_second, ask)
 
     def hits(self, bid: float, ask: float) -> list[tuple[Signal, bool]]:
         """The signals whose level this quote reaches, stops first; True marks a target.
@@ -218,9 +213,9 @@ class Book:
     def extremes(self, signal: Signal) -> tuple[float, float]:
         """Highest and lowest exit-side price since `signal` was opened; needs at least one quote."""
         if signal.buy:
-            high, low, top, bottom = self.stacks[0], self.stacks[1], self.bid_high, self.bid_low
+            high, low, top, bottom = self.stacks[0], self.stacks[1], self.high_first, self.low_first
         else:
-            high, low, top, bottom = self.stacks[2], self.stacks[3], self.ask_high, self.ask_low
+            high, low, top, bottom = self.stacks[2], self.stacks[3], self.high_second, self.low_second
         return high.since(signal.start, top), -low.since(signal.start, -bottom)
 
     def close(self, signal: Signal) -> None:
@@ -231,7 +226,7 @@ class Book:
             for heap in self.heaps:
                 heap.clear()
             for stack in self.stacks:
-                stack.forget_before(self.quotes + 1)
+                stack.forget_before(self.seen + 1)
             self.pending.clear()
             self.stacks_changed = True
             self.saved_quotes = -1
@@ -245,13 +240,13 @@ class Book:
         self._clear()
 
     def saved(self) -> Saved:
-        box = (self.bid_low, self.bid_high, self.ask_low, self.ask_high)
-        return Saved(self.quotes, self.time, self.last.bid, self.last.ask, box, self.segment)
+        box = (self.low_first, self.high_first, self.low_second, self.high_second)
+        return Saved(self.seen, self.time, self.last.bid, self.last.ask, box, self.segment)
 
     def restore(self, saved: Saved, stacks: list[tuple[list[int], list[float]]]) -> None:
-        self.quotes = self.saved_quotes = saved.quotes
+        self.seen = self.saved_quotes = saved.quotes
         self.time, self.last, self.segment = saved.time, Quote(saved.bid, saved.ask), saved.segment
-        self.bid_low, self.bid_high, self.ask_low, self.ask_high = saved.box
+        self.low_first, self.high_first, self.low_second, self.high_second = saved.box
         if stacks:
             first, second, third, fourth = (Extremes(keys, values) for keys, values in stacks)
             self.stacks = (first, second, third, fourth)

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from tapebus.bands import Bands
 from tapebus.consumer import Context
 from tapebus_outcomes.book import INF, Book, Quote, Saved, Signal
 from tapebus_outcomes.settings import Settings
@@ -63,40 +64,28 @@ class Tracker:
         self._ring: dict[int, str] = {}
         self._deadlines: list[tuple[float, int, Signal]] = []
         self._deadline = INF
-        self._quote_class: type[Any] | None = None
+        self._quiet = Bands(self.books, "symbol", "bid", "ask")
         self._dirty: dict[int, Signal] = {}
         self._new_closed: dict[int, str] = {}
         self._totals_changed = False
         self._restore()
+        self._quiet.until = self._deadline
 
     # -- events ---------------------------------------------------------------------------------
 
     def handle(self, batch: Any) -> None:
-        """Take one batch. A quote that reaches no level of its book is done after a few comparisons."""
-        books_get = self.books.get
-        quote_class = self._quote_class
-        deadline = self._deadline
-        for event in batch:
-            if type(event) is quote_class and event.timestamp < deadline:
+        """Take one batch. A quote inside its book's box is passed over; one that reaches no level only widens it."""
+        quiet, books, events = self._quiet, self.books, iter(batch)
+        while (event := quiet.skip(events)) is not None:
+            if type(event) is quiet.event and event.timestamp < self._deadline:
                 data = event.data
-                book = books_get(data.symbol)
-                if book is None:
-                    continue
-                bid = data.bid
-                ask = data.ask
-                # single comparisons: the interpreter has fast ones for these, not for chained ones
-                if bid < book.bid_low or bid > book.bid_high or ask < book.ask_low or ask > book.ask_high or bid > ask:
-                    known = 0 < bid <= ask < INF and book.stretch(bid, ask)
-                else:
-                    known = True
-                if known:
-                    book.quotes += 1
-                    book.time = event.timestamp
-                    book.last = data
+                book, bid, ask = books[data.symbol], data.bid, data.ask
+                if 0 < bid <= ask < INF and book.stretch(bid, ask):
+                    book.seen += 1
+                    book.time, book.last = event.timestamp, data
                     continue
             self._take(event)
-            quote_class = self._quote_class
-            deadline = self._deadline
+            quiet.until = self._deadline
 
     def _take(self, event: Any) -> None:
         kind, data = event.event_type, event.data
@@ -106,8 +95,8 @@ class Tracker:
         if event.timestamp >= self._deadline:
             self._expire(event)
         if kind == "market_data":
-            if type(data) is not dict:
-                self._quote_class = type(event)
+            if self._quiet.event is None:
+                self._quiet.learn(event)
             book = self.books.get(_field(data, "symbol"))
             if book is not None:
                 self._quote(book, event, float(_field(data, "bid")), float(_field(data, "ask")))
@@ -146,7 +135,7 @@ class Tracker:
             tp=_field(data, "tp"),
             opened_at=time,
             deadline=expires if isinstance(expires, (int, float)) else time + self.settings.max_age_s,
-            start=book.quotes,
+            start=book.seen,
         )
         self.open[signal_id] = signal
         self._dirty[signal.order] = signal
@@ -163,7 +152,7 @@ class Tracker:
             return
         time = event.timestamp
         gap = time - book.time > self.settings.max_gap_s
-        book.quotes += 1
+        book.seen += 1
         book.time, book.last = time, Quote(bid, ask)
         book.widen(bid, ask)
         if book.pending:
@@ -214,7 +203,7 @@ class Tracker:
         """End without a level: at the last price seen, or without a price when none was."""
         book = self.books[signal.symbol]
         price = None
-        if book.quotes > signal.start:
+        if book.seen > signal.start:
             price = book.last.bid if signal.buy else book.last.ask
         elif outcome == TIMEOUT:
             outcome = UNKNOWN
@@ -230,7 +219,7 @@ class Tracker:
     def _end(self, signal: Signal, outcome: str, price: float | None, at: float, event: Any, *, gap: bool) -> None:
         book = self.books[signal.symbol]
         symbol = self.symbols[signal.symbol]
-        entry, seen = signal.entry, book.quotes - signal.start
+        entry, seen = signal.entry, book.seen - signal.start
         r = pips = mfe = mae = None
         if entry is not None and seen:
             high, low = book.extremes(signal)
@@ -298,9 +287,9 @@ class Tracker:
             else:
                 state.pop(f"o:{order}", None)
         for name, book in self.books.items():
-            if book.quotes != book.saved_quotes:
+            if book.seen != book.saved_quotes:
                 state[f"b:{name}"] = _encode(book.saved())
-                book.saved_quotes = book.quotes
+                book.saved_quotes = book.seen
             if book.stacks_changed:
                 state[f"s:{name}"] = _encode([(stack.keys, stack.values) for stack in book.stacks])
                 book.stacks_changed = False
