@@ -105,9 +105,9 @@ def in_short(results: dict[str, Any]) -> str:
         if found:
             ratio = divided(ours, found) if bench.startswith("peer:") else []
             lines.append([what, number(median(found)), f"{number(median(ratio))} ×" if ratio else ""])
-    return "\n".join(
-        [*_markdown(["one event at a time, 2 cores", "events/s", "tapebus is"], lines), "", summary(results)[0]]
-    )
+    head = ["one event at a time", "events/s", "the first line ÷ it"]
+    where = f"{summary(results)[0]}; median of {results['rounds']} rounds."
+    return "\n".join([*_markdown(head, lines), "", where])
 
 
 def sections(results: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
