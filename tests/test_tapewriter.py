@@ -73,9 +73,10 @@ def filled(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[float
 
     def fill(frames: int, frame: bytes) -> list[float]:
         pause = threading.Event()
+        before = ring.fill[0]
         for _ in range(frames):
             ring.inject(frame, own)
-        while ring.fill[0] < frames:
+        while ring.fill[0] < before + frames:
             pause.wait(0.001)
         tape._begun_at = time.monotonic() + 3600.0
         tape._gather()
