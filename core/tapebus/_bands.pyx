@@ -7,22 +7,7 @@ from cpython.object cimport PyObject, Py_TYPE
 
 from libc.math cimport INFINITY
 
-cdef extern from *:
-    """
-    #include <Python.h>
-    #include <structmember.h>
-    /* Where a msgspec struct keeps a field, -1 for none. */
-    static Py_ssize_t tb_place(PyObject *descriptor) {
-        if (!PyObject_TypeCheck(descriptor, &PyMemberDescr_Type)) return -1;
-        return ((PyMemberDescrObject *)descriptor)->d_member->offset;
-    }
-    /* Borrowed, for as long as the object lives and is frozen. */
-    static inline PyObject *tb_field(PyObject *object, Py_ssize_t offset) {
-        return *(PyObject **)((char *)object + offset);
-    }
-    """
-    Py_ssize_t tb_place(object descriptor)
-    PyObject *tb_field(object o, Py_ssize_t offset)
+from tapebus._slots cimport tb_get, tb_slot
 
 
 cdef class Band:
@@ -61,7 +46,7 @@ cdef class Bands:
         cdef object kind = type(event), payload = type(event.data)
         places = [(kind, "timestamp"), (kind, "data")]
         places += [(payload, name) for name in (self.key_name, self.first_name, self.second_name)]
-        found = [tb_place(getattr(owner, name, None)) for owner, name in places]
+        found = [tb_slot(getattr(owner, name, None)) for owner, name in places]
         if min(found) <= 0:
             return False
         self.timestamp, self.data, self.key, self.first, self.second = found
@@ -86,11 +71,11 @@ cdef class Bands:
         cdef double a, b
         if <PyObject *>Py_TYPE(event) != <PyObject *>self.event:
             return False
-        time, data = tb_field(event, self.timestamp), tb_field(event, self.data)
+        time, data = tb_get(event, self.timestamp), tb_get(event, self.data)
         if time == NULL or data == NULL or <PyObject *>Py_TYPE(<object>data) != <PyObject *>self.payload:
             return False
-        key, first = tb_field(<object>data, self.key), tb_field(<object>data, self.first)
-        second = tb_field(<object>data, self.second)
+        key, first = tb_get(<object>data, self.key), tb_get(<object>data, self.first)
+        second = tb_get(<object>data, self.second)
         if key == NULL or first == NULL or second == NULL or not PyFloat_CheckExact(<object>time):
             return False
         if not (PyFloat_AS_DOUBLE(<object>time) < self.until):

@@ -12,6 +12,7 @@ from libc.string cimport memcpy
 
 from tapebus._blocks cimport BlockView
 from tapebus._scan cimport ALIASED, EXTENSION, JSON, NONFINITE, NOT_UTF8, UNTIMED, WIDE
+from tapebus._slots cimport tb_get, tb_slot
 from tapebus._topics cimport Topics
 
 from tapebus.events import Event
@@ -19,12 +20,6 @@ from tapebus.events import Event
 cdef extern from *:
     """
     #include <Python.h>
-    #include <structmember.h>
-    /* Where a msgspec struct keeps a field; the field's slot holds a strong reference. */
-    static Py_ssize_t tb_slot(PyObject *descriptor) {
-        if (!PyObject_TypeCheck(descriptor, &PyMemberDescr_Type)) return -1;
-        return ((PyMemberDescrObject *)descriptor)->d_member->offset;
-    }
     static inline void tb_set(PyObject *object, Py_ssize_t offset, PyObject *value) {
         PyObject **slot = (PyObject **)((char *)object + offset);
         PyObject *old = *slot;
@@ -32,13 +27,7 @@ cdef extern from *:
         *slot = value;
         Py_XDECREF(old);
     }
-    /* Borrowed, for as long as the object lives and is frozen. */
-    static inline PyObject *tb_get(PyObject *object, Py_ssize_t offset) {
-        return *(PyObject **)((char *)object + offset);
-    }
     """
-    PyObject *tb_get(object o, Py_ssize_t offset)
-    Py_ssize_t tb_slot(object descriptor)
     Py_ssize_t PyObject_LengthHint(object o, Py_ssize_t default) except -1
     void tb_set(object o, Py_ssize_t offset, object value)
 
