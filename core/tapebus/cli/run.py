@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import signal
 import sys
 from typing import Any
 
@@ -49,6 +50,9 @@ def run(config: Config, log_level: str) -> int:
     try:
         return Runtime(config).run()
     finally:
+        # all is done: a signal that comes now must not turn a clean end into a killed process
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)
         handler.close()
 
 
