@@ -113,7 +113,10 @@ class Source(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Config(Struct, frozen=True, forbid_unknown_fields=True):
-    """The whole configuration; immutable, safe to share between threads."""
+    """The whole configuration; immutable, safe to share between threads.
+
+    ``shared`` holds tables that any plugin may read; the bus itself reads nothing in them.
+    """
 
     bus: Bus = Bus()
     listen: Listen = Listen()
@@ -121,6 +124,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     plugins: Plugins = msgspec.field(default_factory=Plugins)
     sources: list[Source] = []
     security: Security = Security()
+    shared: dict[str, dict[str, Any]] = {}
 
     @classmethod
     def load(

@@ -99,6 +99,8 @@ class Context(Protocol):
 
     name: str
     config: dict[str, Any]
+    #: The ``[shared]`` tables of the configuration, the same for every plugin.
+    shared: dict[str, Any]
     data_dir: Path
     log: logging.Logger
     #: Durable key-value state; changes commit together with the cursor and with what was emitted.

@@ -52,10 +52,17 @@ class PluginContext:
     """What a plugin works through; see `tapebus.consumer.Context`. Used on the plugin's own thread only."""
 
     def __init__(
-        self, name: str, config: dict[str, Any], data_dir: Path, state: dict[str, bytes], clock: Callable[[], float]
+        self,
+        name: str,
+        config: dict[str, Any],
+        data_dir: Path,
+        state: dict[str, bytes],
+        clock: Callable[[], float],
+        shared: dict[str, Any] | None = None,
     ) -> None:
         self.name = name
         self.config = config
+        self.shared = shared or {}
         self.data_dir = data_dir
         self.log = logging.getLogger(f"tapebus.{name}")
         self.state = State(state)

@@ -53,7 +53,7 @@ class Wiring:
             if plugin is None:
                 continue
             state = store.state(name) if store is not None else {}
-            context = PluginContext(name, config.plugin(name), config.data_dir, state, time.time)
+            context = PluginContext(name, config.plugin(name), config.data_dir, state, time.time, config.shared)
             self.contexts[name] = context
             consumers = within(
                 config.bus.start_s,

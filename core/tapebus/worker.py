@@ -178,7 +178,9 @@ class Worker:
         self._again: deque[tuple[int, int]] = deque()
         self._outlet = Outlet(self._store, orders, self._obey)
         state = {k: v for k, v in self._store.state(orders.plugin).items() if not k.startswith("\x00")}
-        context = PluginContext(orders.plugin, config.plugin(orders.plugin), config.data_dir, state, time.time)
+        context = PluginContext(
+            orders.plugin, config.plugin(orders.plugin), config.data_dir, state, time.time, config.shared
+        )
         self._context = context
         self._consumer = self._find(orders)
         if saved is None:

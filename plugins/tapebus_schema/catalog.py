@@ -32,6 +32,24 @@ _COMMON: dict[str, tuple[str, ...]] = {
     "timestamp": ("ts",),
     "account_number": ("login", "account"),
 }
+#: What MetaTrader 5 calls the facts of a symbol.
+MT5: dict[str, tuple[str, ...]] = {
+    "digits": ("SYMBOL_DIGITS",),
+    "point": ("SYMBOL_POINT",),
+    "tick_size": ("SYMBOL_TRADE_TICK_SIZE", "trade_tick_size"),
+    "tick_value": ("SYMBOL_TRADE_TICK_VALUE_LOSS", "SYMBOL_TRADE_TICK_VALUE", "tick_value_loss", "trade_tick_value"),
+    "contract_size": ("SYMBOL_TRADE_CONTRACT_SIZE", "trade_contract_size"),
+    "volume_min": ("SYMBOL_VOLUME_MIN",),
+    "volume_step": ("SYMBOL_VOLUME_STEP",),
+    "volume_max": ("SYMBOL_VOLUME_MAX",),
+    "volume_limit": ("SYMBOL_VOLUME_LIMIT",),
+    "stops_level": ("SYMBOL_TRADE_STOPS_LEVEL", "trade_stops_level"),
+    "freeze_level": ("SYMBOL_TRADE_FREEZE_LEVEL", "trade_freeze_level"),
+    "base": ("SYMBOL_CURRENCY_BASE", "currency_base"),
+    "quote": ("SYMBOL_CURRENCY_PROFIT", "currency_profit"),
+    "pip": ("pip_size",),
+    "trade_mode": ("SYMBOL_TRADE_MODE",),
+}
 #: Spellings inside lists, for required fields only: those fail the first try, which is what brings on the second.
 NESTED: dict[type[Struct], dict[str, str]] = {
     trading.Position: spellings(
@@ -95,12 +113,16 @@ def default_types(broker_offset: float | None = None) -> list[EventType]:
     add("ea_heartbeat", trading.EaHeartbeat, free_margin=("margin_free",))
     add("position_closed", trading.PositionClosed, volume=LOTS, close_price=("price",), profit=("pnl",))
 
+    add("symbol_specification", trading.SymbolSpecification, **MT5)
+    add("user_fire_mode", trading.UserFireMode, check=rules.user)
+
     add("signal_outcome", derived.SignalOutcome, check=rules.outcome)
     add("gate_verdict", derived.GateVerdict, check=rules.verdict)
     add("slot_reserved", derived.SlotReserved)
     add("slot_opened", derived.SlotOpened)
     add("slot_released", derived.SlotReleased)
     add("pattern_status", derived.PatternStatus, check=rules.pattern)
+    add("calibration", derived.Calibration)
     add("alert", derived.Alert)
 
     size = ("amount", "qty", "quantity")

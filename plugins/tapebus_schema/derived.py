@@ -17,6 +17,7 @@ from tapebus_schema.fields import (
     Number,
     Percent,
     Positive,
+    Ratio,
     Severity,
     Symbol,
     Text,
@@ -121,7 +122,11 @@ class SlotReleased(Struct, frozen=True, gc=False, omit_defaults=True, kw_only=Tr
 
 
 class PatternStatus(Struct, frozen=True, gc=False, omit_defaults=True, kw_only=True):
-    """Where a pattern stands. ``win_rate``, ``low`` and ``high`` (its interval) share one unit."""
+    """Where a pattern stands: ``active``, ``watch`` (a recommendation) or ``disabled`` (followed, not fired).
+
+    ``win_rate``, ``low`` and ``high`` (its interval) share one unit. ``breakeven`` is the win rate, as a fraction, at
+    which the pattern's own reward and risk earn nothing; ``by`` says who decided, a user or the rule.
+    """
 
     pattern_type: Name
     status: Code
@@ -131,6 +136,29 @@ class PatternStatus(Struct, frozen=True, gc=False, omit_defaults=True, kw_only=T
     win_rate: Percent | None = None
     low: Percent | None = None
     high: Percent | None = None
+    breakeven: Ratio | None = None
+    e_value: Positive | None = None
+    p_value: Ratio | None = None
+    by: Name | None = None
+    since: Time | None = None
+
+
+class Calibration(Struct, frozen=True, gc=False, omit_defaults=True, kw_only=True):
+    """A fit of stated confidence to observed win rate; the newest ``version`` holds.
+
+    ``knots`` are pairs of stated confidence and calibrated win rate, both percent, ascending; between two of them the
+    line counts, beyond the ends the end. ``brier``, ``skill`` and ``ece`` judge the stated confidence that was fitted.
+    """
+
+    version: Count
+    method: Literal["shrinkage", "platt", "isotonic"]
+    n: Count
+    knots: Annotated[list[tuple[Percent, Percent]], Meta(min_length=1, max_length=1000)]
+    base_rate: Ratio | None = None
+    brier: Ratio | None = None
+    skill: Number | None = None
+    ece: Ratio | None = None
+    fitted_to: Time | None = None
 
 
 class Alert(Struct, frozen=True, gc=False, omit_defaults=True, kw_only=True):

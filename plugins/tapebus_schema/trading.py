@@ -228,3 +228,48 @@ class PositionClosed(Struct, frozen=True, gc=False, omit_defaults=True, kw_only=
     fire_id: LooseId | None = None
     timestamp: Time | None = None
     broker_time: BrokerTime | None = None
+
+
+class SymbolSpecification(Struct, frozen=True, gc=False, omit_defaults=True, kw_only=True):
+    """What a broker says about one of its symbols; it outranks every configured value.
+
+    ``stops_level`` and ``freeze_level`` are counted in points, ``tick_value`` is account currency that one tick of one
+    lot costs when it is lost, ``margin`` account currency held per lot. Without ``broker`` the account or terminal
+    tells it, see ``[shared.brokers]``.
+    """
+
+    symbol: Symbol
+    broker: Name | None = None
+    target_uuid: Id | None = None
+    account_number: Id | None = None
+    digits: Annotated[int, Meta(ge=0, le=12)] | None = None
+    point: Price | None = None
+    tick_size: Price | None = None
+    tick_value: Price | None = None
+    contract_size: Price | None = None
+    volume_min: Price | None = None
+    volume_step: Price | None = None
+    volume_max: Price | None = None
+    volume_limit: Price | None = None
+    stops_level: Positive | None = None
+    freeze_level: Positive | None = None
+    margin: Price | None = None
+    pip: Price | None = None
+    base: Code | None = None
+    quote: Code | None = None
+    trade_mode: Code | None = None
+    timestamp: Time | None = None
+    broker_time: BrokerTime | None = None
+
+
+class UserFireMode(Struct, frozen=True, gc=False, omit_defaults=True, kw_only=True):
+    """What a user may fire by itself; a field that is absent leaves what was said before. ``user_id`` may stand in
+    the envelope instead."""
+
+    user_id: Id | None = None
+    tier: Name | None = None
+    auto_fire: bool | None = None
+    confidence_band: tuple[Percent, Percent] | None = None
+    max_slots: Annotated[int, Meta(ge=0, le=10_000)] | None = None
+    risk_pct: Percent | None = None
+    reason: Text | None = None

@@ -34,7 +34,7 @@ Side = Literal["BUY", "SELL"]
 
 
 class Ohlcv(Struct, frozen=True, gc=False, omit_defaults=True, kw_only=True):
-    """One bar; ``timestamp`` is its opening time."""
+    """One bar; ``timestamp`` is its opening time, ``spread`` the difference of ask and bid as a price."""
 
     symbol: Symbol
     timeframe: Code
@@ -45,6 +45,7 @@ class Ohlcv(Struct, frozen=True, gc=False, omit_defaults=True, kw_only=True):
     volume: Volume
     timestamp: Time | None = None
     exchange: Name | None = None
+    spread: Positive | None = None
 
 
 class OrderBook(Struct, frozen=True, gc=False, omit_defaults=True, kw_only=True):
