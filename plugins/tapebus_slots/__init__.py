@@ -71,7 +71,7 @@ def tapebus_health(context: Context) -> dict[str, Any]:
     engine = _engines.get(id(context))
     if engine is None:
         return {"status": "error", "message": "not started"}
-    notes = ["kill switch is on"] if engine.kill_switch else []
+    notes = ["kill switch is on"] if engine.decider.kill_switch else []
     for table in engine.tables.values():
         if table.used > table.maximum:
             notes.append(f"user {table.user_id}: {table.used}/{table.maximum} slots, gate closed")
@@ -88,9 +88,9 @@ def tapebus_metrics(context: Context) -> dict[str, int | float | str]:
         return {}
     return {
         "slots": _used(engine),
-        "gate_verdicts": engine.verdicts,
-        "auto_fires": engine.fires,
-        "kill_switch": int(engine.kill_switch),
+        "gate_verdicts": engine.decider.verdicts,
+        "auto_fires": engine.decider.fires,
+        "kill_switch": int(engine.decider.kill_switch),
     }
 
 

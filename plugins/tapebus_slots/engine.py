@@ -1,25 +1,19 @@
-"""Turns events into slot changes and verdicts, and keeps the tables durable.
-
-Runs on one consumer thread only. Payloads are read by field name, so the plugin needs no other
-plugin's structs.
-"""
+"""Turns events into slot changes, and keeps the tables durable. Runs on one consumer thread only."""
 
 from __future__ import annotations
 
-import hashlib
-from base64 import b32encode
 from collections.abc import Callable
-from decimal import Decimal
 from typing import Any
 
 import msgspec
 
 from tapebus.consumer import Context
 from tapebus_slots import config as configuration
-from tapebus_slots.gate import Account, Signal, SlotView, Verdict, evaluate
+from tapebus_slots.decide import Decider
 from tapebus_slots.matching import Position
+from tapebus_slots.payload import direction, get
 from tapebus_slots.sizing import Quote
-from tapebus_slots.table import AccountView, Change, Slot, SlotTable, Snapshot
+from tapebus_slots.table import Change, Slot, SlotTable, Snapshot
 
 SUCCESS = frozenset({"success", "filled", "ok", "done", "executed", "open", "opened", "partially_filled"})
 REFUSED = frozenset(
@@ -50,25 +44,21 @@ RETCODES = {
     **dict.fromkeys((10029, 10030, *range(10032, 10036), 10040, *range(10042, 10047)), "rejected"),
 }
 _TABLE = "table:"
-_SWITCH = "kill_switch"
 #: A tick this much later than the last event means a replay: event time decides, not the wall clock.
 _REPLAY_LAG_S = 86_400.0
 
 
 class Engine:
-    """All slot tables, the last quotes and the kill switch of one bus."""
+    """All slot tables and the last quotes of one bus; the gate is its `decider`."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
-        self.config = configuration.load(context.config)
+        self.decider = Decider(context)
+        self.config = self.decider.config
         self.quotes: dict[str, Quote] = {}
         self.tables: dict[str, SlotTable] = {}
         self.users: dict[str, str] = dict(self.config.accounts)
-        self.kill_switch = context.state.get(_SWITCH) == b"on"
         self.clock = 0.0
-        self.verdicts = 0
-        self.fires = 0
-        self._configs: dict[str, configuration.Config] = {}
         self._saved: dict[str, bytes] = {}
         self._touched = False
         self._quote_class: type[Any] | None = None
@@ -82,7 +72,7 @@ class Engine:
             "position_closed": self.on_closed,
             "ea_heartbeat": self.on_heartbeat,
             "balance_update": self.on_balance,
-            "user_action": self.on_action,
+            **self.decider.handlers,
         }
 
     # -- events ---------------------------------------------------------------------------------
@@ -119,88 +109,24 @@ class Engine:
         self._new_quotes.clear()
 
     def on_signal(self, event: Any) -> None:
-        data = event.data
-        table = self.table(self.user(event))
-        config = self.config_of(table.user_id)
-        signal = Signal(
-            signal_id=data.signal_id,
-            symbol=data.symbol,
-            direction=_direction(data),
-            confidence=data.confidence,
-            sl=_get(data, "sl"),
-            tp=_get(data, "tp"),
-            entry=_get(data, "entry", "entry_price") or None,
-            pattern=_get(data, "pattern_type", "pattern"),
-            at=event.timestamp,
-        )
+        """Judge a signal for each user it concerns; the slots it takes are held before the next signal is read."""
         self._read_quotes()
-        verdict = evaluate(signal, _account(table), self._view(table), self.quotes, config)
-        self.verdicts += 1
-        self.context.emit(
-            "gate_verdict",
-            {
-                "signal_id": signal.signal_id,
-                "user_id": table.user_id,
-                "fire": verdict.fire,
-                "reasons": list(verdict.reasons),
-                "rules": [
-                    {"name": r.name, "limit": r.limit, "actual": r.actual, "passed": r.passed} for r in verdict.rules
-                ],
-                "lots": float(verdict.lots),
-                "risk": float(verdict.risk),
-                "slots_used": table.used,
-            },
-            cause=event,
-            user_id=table.user_id,
-        )
-        if verdict.fire:
-            self._fire(table, signal, verdict, event)
-
-    def _fire(self, table: SlotTable, signal: Signal, verdict: Verdict, event: Any) -> None:
-        """Send the order and hold its slot at once: the next signal of this batch must see it held."""
-        fire_id = short_fire_id(signal.signal_id, table.user_id)
-        table.remember_fired(signal.signal_id, event.timestamp)
-        self.fires += 1
-        command = {
-            "fire_id": fire_id,
-            "signal_id": signal.signal_id,
-            "symbol": signal.symbol,
-            "direction": signal.direction,
-            "entry": 0.0,
-            "sl": signal.sl,
-            "tp": signal.tp,
-            "lot": float(verdict.lots),
-            "user_id": table.user_id,
-            "execution_mode": "AUTO",
-            "status": "queued",
-        }
-        target = next((uuid for uuid, user in self.users.items() if user == table.user_id), None)
-        if target is not None:
-            command["target_uuid"] = target
-        self.context.emit("fire_command", command, cause=event, user_id=table.user_id, priority="high")
-        slot = Slot(
-            fire_id,
-            "RESERVED",
-            event.timestamp,
-            signal.symbol,
-            signal.direction,
-            fire_id,
-            signal.signal_id,
-            lots=float(verdict.lots),
-            risk=str(verdict.risk),
-        )
-        self._publish(table, [table.reserve(slot)], event)
+        named = event.user_id or get(event.data, "user_id")
+        for user in self.decider.users(self.user(event), bool(named)):
+            table = self.table(user)
+            target = next((uuid for uuid, owner in self.users.items() if owner == user), None)
+            self._publish(table, self.decider.on_signal(event, table, self.quotes, target), event)
 
     def on_fire(self, event: Any) -> None:
         data = event.data
-        status = (_get(data, "status") or "queued").lower()
+        status = (get(data, "status") or "queued").lower()
         held = self._holder(data)
         table = held or self.table(self.user(event))
-        self._bind(_get(data, "target_uuid"), table)
+        self._bind(get(data, "target_uuid"), table)
         if status.startswith("closed") or status in REFUSED or status in DOUBTFUL:
             self._answer(table, event, status)
             return
-        auto = (_get(data, "execution_mode") or "").upper() == "AUTO"
+        auto = (get(data, "execution_mode") or "").upper() == "AUTO"
         if not (auto or self.config_of(table.user_id).track_manual) or not data.fire_id:
             return
         slot = Slot(
@@ -208,28 +134,28 @@ class Engine:
             "RESERVED",
             event.timestamp,
             data.symbol,
-            _direction(data),
+            direction(data),
             data.fire_id,
-            _get(data, "signal_id"),
-            lots=_get(data, "lot", "lots", "volume"),
+            get(data, "signal_id"),
+            lots=get(data, "lot", "lots", "volume"),
         )
         self._publish(table, [table.reserve(slot)], event)
 
     def on_executed(self, event: Any) -> None:
         data = event.data
         table = self._holder(data) or self.table(self.user(event))
-        uuid = _get(data, "target_uuid")
+        uuid = get(data, "target_uuid")
         self._bind(uuid, table)
-        balance = _get(data, "balance")
+        balance = get(data, "balance")
         if balance is not None:
-            self._balance(table, uuid, balance, _get(data, "equity"))
+            self._balance(table, uuid, balance, get(data, "equity"))
         self._answer(table, event, _status(data))
 
     def _answer(self, table: SlotTable, event: Any, status: str) -> None:
         """What an answer to a fire says about its slot; FILLED opens it, only CLOSED and refusals free it."""
         data, at = event.data, event.timestamp
-        ticket = _get(data, "ticket") or None
-        slot = table.find(_get(data, "fire_id"), ticket, _get(data, "position_id"))
+        ticket = get(data, "ticket") or None
+        slot = table.find(get(data, "fire_id"), ticket, get(data, "position_id"))
         evidence = f"status:{status}@{event.bus_seq}"
         changes: list[Change | None] = []
         if status in SUCCESS:
@@ -249,67 +175,54 @@ class Engine:
 
     def _opened_slot(self, event: Any, ticket: int | None) -> Slot:
         data = event.data
-        fire_id = _get(data, "fire_id")
+        fire_id = get(data, "fire_id")
         return Slot(
             fire_id or f"ticket-{ticket}",
             "OPEN",
             event.timestamp,
-            _get(data, "symbol") or "",
-            _direction(data),
+            get(data, "symbol") or "",
+            direction(data),
             fire_id,
-            _get(data, "signal_id"),
+            get(data, "signal_id"),
             ticket,
-            _get(data, "position_id"),
-            _get(data, "magic"),
-            _get(data, "open_price", "price"),
-            lots=_get(data, "lot", "lots", "volume"),
-            account=_get(data, "target_uuid"),
+            get(data, "position_id"),
+            get(data, "magic"),
+            get(data, "open_price", "price"),
+            lots=get(data, "lot", "lots", "volume"),
+            account=get(data, "target_uuid"),
         )
 
     def on_closed(self, event: Any) -> None:
         data = event.data
         table = self._holder(data) or self.table(self.user(event))
-        slot = table.find(_get(data, "fire_id"), _get(data, "ticket"), _get(data, "position_id"))
+        slot = table.find(get(data, "fire_id"), get(data, "ticket"), get(data, "position_id"))
         evidence = f"position_closed@{event.bus_seq}"
-        self._publish(table, [table.closed(slot, _get(data, "volume"), evidence, event.timestamp)], event)
+        self._publish(table, [table.closed(slot, get(data, "volume"), evidence, event.timestamp)], event)
 
     def on_heartbeat(self, event: Any) -> None:
         data = event.data
         table = self.table(self.user(event))
         config = self.config_of(table.user_id)
-        account = str(_get(data, "target_uuid", "account_number") or "")
-        positions = _get(data, "positions")
+        account = str(get(data, "target_uuid", "account_number") or "")
+        positions = get(data, "positions")
         snapshot = Snapshot(
             account,
             event.timestamp,
-            _get(data, "open_positions"),
+            get(data, "open_positions"),
             None if positions is None else tuple(_position(each) for each in positions),
             f"snapshot@{event.bus_seq}",
         )
         changes = table.snapshot(snapshot, self.clock, config.heartbeat_max_age_s, config.snapshot_grace_s)
-        if _get(data, "balance") is not None:
-            self._balance(table, account, data.balance, _get(data, "equity"))
+        if get(data, "balance") is not None:
+            self._balance(table, account, data.balance, get(data, "equity"))
         self._publish(table, changes, event)
 
     def on_balance(self, event: Any) -> None:
-        balance = _get(event.data, "balance", "new_balance")
+        balance = get(event.data, "balance", "new_balance")
         if balance is not None:
             table = self.table(self.user(event))
-            self._balance(table, _get(event.data, "target_uuid"), balance, _get(event.data, "equity"))
+            self._balance(table, get(event.data, "target_uuid"), balance, get(event.data, "equity"))
             self._publish(table, [], event)
-
-    def on_action(self, event: Any) -> None:
-        data = event.data
-        action = data.get("action") if type(data) is dict else data.action
-        if action not in ("kill_switch_on", "kill_switch_off"):
-            return
-        wanted = action == "kill_switch_on"
-        if wanted == self.kill_switch:
-            return
-        self.kill_switch = wanted
-        self.context.state[_SWITCH] = b"on" if wanted else b"off"
-        who = event.user_id or "unknown"
-        self._alert("kill_switch", wanted, "warning", f"auto-fire kill switch {action[12:]} by {who}", event)
 
     def on_tick(self, now: float) -> None:
         """The reconcile cycle: unanswered fires, old positions, silent terminals."""
@@ -325,10 +238,10 @@ class Engine:
 
     def user(self, event: Any) -> str:
         """Whose event this is: named, else by the terminal, else the configured user."""
-        named = event.user_id or _get(event.data, "user_id")
+        named = event.user_id or get(event.data, "user_id")
         if named:
             return str(named)
-        return self.users.get(_get(event.data, "target_uuid") or "", self.config.user_id)
+        return self.users.get(get(event.data, "target_uuid") or "", self.config.user_id)
 
     def table(self, user: str) -> SlotTable:
         table = self.tables.get(user)
@@ -337,15 +250,12 @@ class Engine:
         return table
 
     def config_of(self, user: str) -> configuration.Config:
-        found = self._configs.get(user)
-        if found is None:
-            found = self._configs[user] = configuration.for_user(self.context.config, self.config, user)
-        return found
+        return self.decider.config_of(user)
 
     def _holder(self, data: Any) -> SlotTable | None:
         """The table that already holds what `data` talks about."""
-        key = (_get(data, "fire_id"), _get(data, "ticket") or None, _get(data, "position_id"))
-        uuid = _get(data, "target_uuid")
+        key = (get(data, "fire_id"), get(data, "ticket") or None, get(data, "position_id"))
+        uuid = get(data, "target_uuid")
         for table in self.tables.values():
             slot = table.find(*key)
             if slot is not None and (slot.key == key[0] or slot.account in (None, uuid) or uuid is None):
@@ -367,17 +277,6 @@ class Engine:
     def _balance(self, table: SlotTable, account: str | None, balance: float, equity: float | None) -> None:
         name = account or next(iter(table.accounts), "")
         table.balance(name, balance, equity, self.config_of(table.user_id).balance_jump)
-
-    def _view(self, table: SlotTable) -> SlotView:
-        held: dict[str, set[str]] = {}
-        risk, unknown = Decimal(0), 0
-        for slot in table.slots.values():
-            held.setdefault(slot.symbol, set()).add(slot.direction)
-            if slot.risk is None:
-                unknown += 1
-            else:
-                risk += Decimal(slot.risk)
-        return SlotView(table.used, table.maximum, held, risk, unknown, table.fired, self.kill_switch)
 
     # -- output ---------------------------------------------------------------------------------
 
@@ -429,6 +328,7 @@ class Engine:
         if not self._touched:
             return  # only quotes came, and those are not kept
         self._touched = False
+        self.decider.save()
         for user, table in self.tables.items():
             packed = msgspec.msgpack.encode(table)
             if self._saved.get(user) != packed:
@@ -450,54 +350,25 @@ class Engine:
             self.users = msgspec.msgpack.decode(known, type=dict[str, str]) | self.users
 
 
-def short_fire_id(signal_id: str, user_id: str) -> str:
-    """18 characters that fit an order comment; the same for the same signal and user."""
-    digest = hashlib.blake2b(f"{user_id}\0{signal_id}".encode(), digest_size=10).digest()
-    return "a-" + b32encode(digest).decode("ascii").lower()
-
-
-def _get(data: Any, *names: str) -> Any:
-    """The first of the fields `names` of a payload that is there and not None."""
-    for name in names:
-        value = data.get(name) if isinstance(data, dict) else getattr(data, name, None)
-        if value is not None and value is not msgspec.UNSET:
-            return value
-    return None
-
-
 def _status(data: Any) -> str:
     """The status of an answer in lower case; a return code decides where there is none or the outcome is open."""
-    status = str(_get(data, "status") or "").lower()
-    by_code = RETCODES.get(_get(data, "retcode") or 0, "")
+    status = str(get(data, "status") or "").lower()
+    by_code = RETCODES.get(get(data, "retcode") or 0, "")
     return by_code if by_code and (not status or (status in REFUSED and by_code == "timeout")) else status
-
-
-def _direction(data: Any) -> str:
-    return str(_get(data, "direction", "type") or "").upper()
 
 
 def _position(each: Any) -> Position:
     return Position(
-        ticket=_get(each, "ticket"),
-        symbol=_get(each, "symbol") or "",
-        direction=_direction(each),
-        position_id=_get(each, "position_id"),
-        fire_id=_get(each, "fire_id"),
-        open_price=_get(each, "open_price"),
-        volume=_get(each, "volume"),
-        magic=_get(each, "magic"),
-        open_time=_get(each, "open_time"),
+        ticket=get(each, "ticket"),
+        symbol=get(each, "symbol") or "",
+        direction=direction(each),
+        position_id=get(each, "position_id"),
+        fire_id=get(each, "fire_id"),
+        open_price=get(each, "open_price"),
+        volume=get(each, "volume"),
+        magic=get(each, "magic"),
+        open_time=get(each, "open_time"),
     )
-
-
-def _account(table: SlotTable) -> Account | None:
-    """The figures the gate decides on: of several accounts the poorest, and the oldest heartbeat."""
-    views: list[AccountView] = [view for view in table.accounts.values() if view.balance is not None]
-    beats = [view.heartbeat_at for view in table.accounts.values() if view.heartbeat_at is not None]
-    if not views:
-        return Account(heartbeat_at=min(beats)) if beats else None
-    poorest = min(views, key=lambda view: view.balance or 0.0)
-    return Account(poorest.balance, poorest.equity, min(beats) if beats else None)
 
 
 def _payload(table: SlotTable, change: Change) -> dict[str, Any]:
