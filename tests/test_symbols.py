@@ -111,7 +111,7 @@ def test_a_symbol_that_only_the_broker_knows_can_be_traded_once_it_told_enough()
         ({"symbols": {"XAUUSD": {"pip": 0}}}, {}, "shared.symbols.XAUUSD.pip = 0: must be a number above 0"),
         ({"symbols": {"XAUUSD": {"pip": "x"}}}, {}, "shared.symbols.XAUUSD.pip = 'x': must be a number above 0"),
         ({"symbols": {"XAUUSD": 3}}, {}, "shared.symbols.XAUUSD = 3: must be a table"),
-        ({"brokers": {"b": {"accountss": []}}}, {}, "shared.brokers.b.acounts: unknown key; did you mean 'accounts'?"),
+        ({"brokers": {"b": {"account": []}}}, {}, "shared.brokers.b.account: unknown key; did you mean 'accounts'?"),
         ({"symbols": {"SPICE": {"digits": 2}}}, {}, "shared.symbols.SPICE: nothing is built in for this symbol"),
         ({}, {"EURUSD": {"digits": 1.5}}, "plugins.p.symbols.EURUSD.digits = 1.5"),
     ],
