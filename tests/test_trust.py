@@ -83,7 +83,7 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda each: " ".join(each))
-@pytest.mark.parametrize("name", ["evil", "demo"])
+@pytest.mark.parametrize("name", ["evil", "demo", "legacy"])
 def test_no_command_imports_a_package_that_is_installed_but_not_enabled(site, tmp_path, command, name):
     marker = site.install("evil-package", name)
     site.run("--data-dir", str(tmp_path / "d"), *command)

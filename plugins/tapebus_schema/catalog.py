@@ -100,6 +100,7 @@ def default_types(broker_offset: float | None = None) -> list[EventType]:
     opened: dict[str, tuple[str, ...]] = {"volume": LOTS, "price": ENTRY, "execution_time": ("timestamp", "ts")}
     generated = ("generated_at",)
     add("signal_generated", trading.SignalGenerated, check=rules.geometry, timestamp=generated)
+    add("signal_imported", trading.SignalImported, check=rules.geometry, timestamp=generated)
     add("signal_expired", trading.SignalExpired)
     add("fire_command", trading.FireCommand, check=rules.geometry, lot=LOTS)
     add("trade_executed", trading.TradeExecuted, **opened)

@@ -35,7 +35,8 @@ class SignalOutcome(Struct, frozen=True, gc=False, omit_defaults=True, kw_only=T
     """How a signal ended, all times in event time.
 
     ``r`` is the result in multiples of the stop distance; ``mfe`` and ``mae`` are the greatest moves
-    for and against the signal, as price differences from its entry.
+    for and against the signal, as price differences from its entry. ``risk_reward`` is planned gain over risk.
+    ``origin`` names file and line of an outcome that was imported; such a one may know neither quotes nor prices.
     """
 
     signal_id: Id
@@ -56,6 +57,12 @@ class SignalOutcome(Struct, frozen=True, gc=False, omit_defaults=True, kw_only=T
     mae: Number | None = None
     ambiguous: bool = False
     gap_before_exit: bool = False
+    entry: Level | None = None
+    sl: Level | None = None
+    tp: Level | None = None
+    risk_reward: Positive | None = None
+    session: Code | None = None
+    origin: Text | None = None
 
 
 class Rule(Struct, frozen=True, gc=False, omit_defaults=True, kw_only=True):

@@ -124,6 +124,10 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         "duration_s": 15.0,
         "quotes_seen": 3,
         "fired": True,
+        "entry": 1.1,
+        "sl": 1.09,
+        "tp": 1.12,
+        "risk_reward": 2.0,
     },
     "gate_verdict": {
         "signal_id": "S1",
@@ -202,3 +206,4 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "system.database": {"database": "main", "operation": "vacuum", "duration_ms": 3.0},
 }
 EXAMPLES["trade_confirmed"] = EXAMPLES["trade_executed"]
+EXAMPLES["signal_imported"] = EXAMPLES["signal_generated"]

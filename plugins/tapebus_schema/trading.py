@@ -56,6 +56,16 @@ class SignalGenerated(Struct, frozen=True, gc=False, omit_defaults=True, kw_only
     signal_class: Code | None = None
 
 
+class SignalImported(SignalGenerated, frozen=True, gc=False, omit_defaults=True, kw_only=True):
+    """A signal from an old record that does not know its end: nothing follows it and nothing fires on it.
+
+    One whose end is known is imported as a ``signal_outcome``. ``origin`` names the file and the line.
+    """
+
+    fired: bool = False
+    origin: Text | None = None
+
+
 class SignalExpired(Struct, frozen=True, gc=False, omit_defaults=True, kw_only=True):
     """A signal that may no longer be fired."""
 

@@ -25,6 +25,8 @@ _COMMANDS = {
     "keygen": ("tapebus.cli.keygen", "Write a CURVE key pair for a bus or a client on another machine."),
     "pm2": ("tapebus.cli.run", "Print an ecosystem.config.js for PM2."),
 }
+#: Built-in plugins that add a command and nothing to the bus, so they need not be enabled.
+_COMMANDS_ONLY = ("demo", "legacy")
 
 
 class Commands(click.Group):
@@ -98,9 +100,9 @@ class Commands(click.Group):
                 if flag in args[:-1]:
                     given[key] = args[args.index(flag) + 1]
             names = dict.fromkeys(load_config(**given).plugins.enabled)
-            # a built-in plugin that needs no configuration; nothing else is imported without being enabled
-            if any(is_own(point) for point in installed().get("demo", ())):
-                names["demo"] = None
+            # nothing else is imported without being enabled
+            found = installed()
+            names |= dict.fromkeys(each for each in _COMMANDS_ONLY if any(map(is_own, found.get(each, ()))))
         except TapebusError as error:
             return [str(error)]
         for name in names:
