@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -10,39 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tapebus.errors import ConfigError
-from tapebus_outcomes.stats import OUTCOMES, breakeven_win_rate, summarise, wilson
+from tapebus_outcomes.stats import OUTCOMES, summarise
 from tapebus_outcomes.symbols import Symbols
-
-
-@pytest.mark.parametrize(
-    ("wins", "n", "low", "high"),
-    [(4, 4, 51.0, 100), (12, 13, 66.7, 98.6), (6, 9, 35.4, 87.9), (0, 2, 0, 65.8), (22, 28, 60.5, 89.8)],
-)
-def test_the_wilson_interval_matches_the_reference_table(wins: int, n: int, low: float, high: float) -> None:
-    got = wilson(wins, n)
-    assert got == (pytest.approx(low / 100, abs=0.00051), pytest.approx(high / 100, abs=0.00051))
-
-
-@given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
-def test_the_wilson_bounds_solve_the_score_equation(pair: tuple[int, int]) -> None:
-    wins, n = pair
-    p = wins / n
-    for bound in wilson(wins, n):
-        assert 0 <= bound <= 1
-        if 0 < bound < 1:
-            z = abs(p - bound) / math.sqrt(bound * (1 - bound) / n)
-            assert z == pytest.approx(1.959964, abs=1e-4)
-
-
-def test_no_decided_signal_means_nothing_is_known() -> None:
-    assert wilson(0, 0) == (0.0, 1.0)
-    with pytest.raises(ValueError, match="impossible"):
-        wilson(3, 2)
-
-
-@pytest.mark.parametrize(("reward_risk", "rate"), [(0.5, 66.7), (0.7, 58.8), (1.5, 40.0), (3.0, 25.0)])
-def test_breakeven_win_rates_match_the_reference_table(reward_risk: float, rate: float) -> None:
-    assert breakeven_win_rate(reward_risk) * 100 == pytest.approx(rate, abs=0.05)
 
 
 def test_a_pattern_without_a_loss_has_no_profit_factor() -> None:

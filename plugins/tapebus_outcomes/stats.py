@@ -1,4 +1,4 @@
-"""Figures over finished signals: pure functions of ``signal_outcome`` payloads, without dependencies.
+"""Figures over finished signals: pure functions of ``signal_outcome`` payloads.
 
 A win rate is WIN / (WIN + LOSS) and is always given with its n and its Wilson interval. Time-outs,
 cancellations and open signals are neither wins nor losses; they are counted next to it.
@@ -6,37 +6,16 @@ cancellations and open signals are neither wins nor losses; they are counted nex
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
 
+from tapebus_trading.proportions import wilson
+
 WIN, LOSS, BREAKEVEN = "WIN", "LOSS", "BREAKEVEN"
 TIMEOUT, CANCELLED, UNKNOWN = "TIMEOUT", "CANCELLED", "UNKNOWN"
 OUTCOMES = (WIN, LOSS, BREAKEVEN, TIMEOUT, CANCELLED, UNKNOWN)
-Z95 = 1.959963984540054
-
-
-def wilson(wins: int, n: int, z: float = Z95) -> tuple[float, float]:
-    """The Wilson score interval of a rate of `wins` in `n`, as fractions; (0, 1) when nothing is known."""
-    if not 0 <= wins <= n:
-        raise ValueError(f"wilson: {wins} wins of {n} is impossible")
-    if n == 0:
-        return 0.0, 1.0
-    p, zz = wins / n, z * z
-    scale = 1 + zz / n
-    centre = (p + zz / (2 * n)) / scale
-    half = z * math.sqrt(p * (1 - p) / n + zz / (4 * n * n)) / scale
-    low = 0.0 if wins == 0 else max(0.0, centre - half)
-    return low, 1.0 if wins == n else min(1.0, centre + half)
-
-
-def breakeven_win_rate(reward_risk: float) -> float:
-    """The win rate, as a fraction, at which trades with this reward:risk earn nothing (costs aside)."""
-    if not reward_risk > 0:
-        raise ValueError(f"breakeven_win_rate: reward:risk must be positive, not {reward_risk}")
-    return 1 / (1 + reward_risk)
 
 
 class Tally(msgspec.Struct):

@@ -240,6 +240,7 @@ class Tracker:
             "outcome": outcome,
             "exit_price": price,
             "r": r,
+            "risk_reward": _planned(signal),
             "pips": pips,
             "mfe": mfe,
             "mae": mae,
@@ -356,3 +357,11 @@ def _sound(signal: Signal) -> bool:
     prices = [price for price in (signal.sl, signal.entry, signal.tp) if price is not None]
     in_order = prices if signal.buy else prices[::-1]
     return all(a <= b for a, b in pairwise(in_order)) and not (signal.sl is not None and signal.sl == signal.tp)
+
+
+def _planned(signal: Signal) -> float | None:
+    """What the target pays in multiples of the stop distance; None where a price is missing or nothing is at risk."""
+    entry, sl, tp = signal.entry, signal.sl, signal.tp
+    if entry is None or not sl or not tp or entry == sl:
+        return None
+    return round(abs(tp - entry) / abs(entry - sl), 6)
