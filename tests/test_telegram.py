@@ -18,12 +18,14 @@ import tapebus_telegram
 from tapebus.errors import ConfigError
 from tapebus.events import GenericEvent
 from tapebus.testing import ListBatch, RecordingContext
+from tapebus_telegram.markup import MAX_UNITS, compose, units
 from tapebus_telegram.outbox import rendered
 from tapebus_telegram.relay import Relay
-from tapebus_telegram.render import MAX_UNITS, Renderer, compose, units
+from tapebus_telegram.render import Renderer
 from tapebus_telegram.secret import Secret, guard_logs, read_token, release_logs
 from tapebus_telegram.settings import load
 from tapebus_telegram.transport import Answer, HttpTransport
+from tapebus_trading.symbols import Registry
 
 _spec = importlib.util.spec_from_file_location("botapi_server", Path(__file__).with_name("botapi_server.py"))
 assert _spec is not None and _spec.loader is not None
@@ -222,7 +224,7 @@ def test_the_token_appears_nowhere_after_hundreds_of_failures(
 
 @given(st.text(max_size=6000), st.text(max_size=300))
 def test_any_text_becomes_html_that_parses_back_to_the_plain_text(message: str, name: str) -> None:
-    found = Renderer({}, mask_numbers=False).message(event(1, "alert", message=message, name=name))
+    found = Renderer(Registry(), mask_numbers=False).message(event(1, "alert", message=message, name=name))
     assert found is not None
     assert api.visible(found.html) == found.plain
     assert 0 < units(found.plain) <= MAX_UNITS - 32

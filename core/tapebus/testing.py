@@ -28,9 +28,16 @@ class ListBatch(list[Any]):
 class RecordingContext:
     """A `tapebus.consumer.Context` that records what the plugin emits in ``emitted`` (as `Wire`)."""
 
-    def __init__(self, name: str, config: dict[str, Any] | None = None, data_dir: Path = Path(".")) -> None:
+    def __init__(
+        self,
+        name: str,
+        config: dict[str, Any] | None = None,
+        data_dir: Path = Path("."),
+        shared: dict[str, Any] | None = None,
+    ) -> None:
         self.name = name
         self.config = config or {}
+        self.shared = shared or {}
         self.data_dir = data_dir
         self.log = logging.getLogger(f"tapebus.{name}")
         self.state: dict[str, bytes] = {}

@@ -30,15 +30,15 @@ def tapebus_register_consumers(context: Context) -> list[Consumer]:
     return [
         Consumer(
             name="telegram",
-            topics=settings.topics,
+            topics=settings.relayed(relay.chats),
             handler=relay.handle,
             mode="thread",
             lanes=True,
             start="now",
             budget_ms=15_000.0,  # one call may use up its timeouts; the thread is the relay's own
-            save=relay.outbox.save,
+            save=relay.save,
             tick=1.0,
-            on_tick=lambda now: relay.pump(),
+            on_tick=lambda now: relay.tick(),
         )
     ]
 

@@ -39,6 +39,7 @@ class Entry(msgspec.Struct, omit_defaults=True):
     edits: int = 0
     attempts: int = 0
     as_plain: bool = False
+    silent: bool = False
 
     def shown(self, text: str) -> str:
         return text if self.repeats == 1 else f"{text}\n(×{self.repeats})"
@@ -89,6 +90,10 @@ class Outbox:
     @property
     def waiting(self) -> int:
         return len(self._queue)
+
+    def waiting_for(self, chat: int | str) -> int:
+        """How many new messages wait for `chat`; edits of earlier ones disturb nobody."""
+        return sum(entry.chat == chat and not entry.edits for entry in self._queue.values())
 
     def entries(self) -> list[Entry]:
         return list(self._queue.values())

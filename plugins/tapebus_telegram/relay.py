@@ -10,9 +10,11 @@ from tapebus.consumer import Context
 from tapebus_telegram.journal import Journal, Sent
 from tapebus_telegram.limits import Limits
 from tapebus_telegram.outbox import Entry, Outbox
-from tapebus_telegram.render import LOW, Message, Renderer
+from tapebus_telegram.quiet import Policy
+from tapebus_telegram.render import HIGH, LOW, Message, Renderer
 from tapebus_telegram.settings import Chat, Settings
 from tapebus_telegram.transport import Answer, Transport
+from tapebus_trading.symbols import Registry
 
 #: A chat is given up after this many refusals in a row.
 CHAT_FAILURES = 3
@@ -62,7 +64,9 @@ class Relay:
         self.last_error = ""
         self._transport = transport
         self._clock = clock
-        self._renderer = Renderer(settings.digits, settings.mask_numbers)
+        self.policy = Policy(settings, self.chats, context.state)
+        symbols = Registry(context.shared, settings.symbols, "plugins.telegram.symbols")
+        self._renderer = Renderer(symbols, settings.mask_numbers)
         self._limits = Limits()
         self._halted_until = float("-inf")
         self._failures = 0
@@ -90,7 +94,7 @@ class Relay:
             if message is None:
                 continue
             for chat in self.chats:
-                if chat.wants(event.event_type):
+                if self.policy.wants(chat, event.event_type):
                     self._accept(event, chat, message)
         self.pump(0.0)
 
@@ -116,11 +120,42 @@ class Relay:
             last_seq=event.bus_seq,
             at=event.timestamp,
             group=message.group,
-            thread_id=chat.thread_id,
+            thread_id=chat.thread_of(event.event_type),
         )
         if earlier is not None and earlier.message_id:
             entry.edits, entry.repeats, entry.priority = earlier.message_id, earlier.repeats + 1, LOW
             self.outbox.counts["merged"] += 1
+        else:
+            waiting = self.outbox.waiting_for(chat.id)
+            word = self.policy.word(chat, event.event_type, message, event.bus_seq, waiting)
+            if word in ("held", "off"):
+                self.outbox.counts[word] += 1
+                return
+            entry.silent = word == "silent"
+        self._queue(entry)
+
+    def tell_digests(self) -> None:
+        """Queue the digests whose time has come."""
+        for digest in self.policy.due(self.outbox.waiting_for):
+            chat = digest.chat
+            self.post(chat.id, digest.key, "digest", digest.html, digest.plain, HIGH, chat.thread_id, digest.last_seq)
+
+    def post(
+        self,
+        chat: int | str,
+        key: str,
+        topic: str,
+        html: str,
+        plain: str,
+        priority: int,
+        thread_id: int | None = None,
+        bus_seq: int = 0,
+    ) -> None:
+        """Queue a message that is no event; what was sent under the same `key` before is not sent again."""
+        if key in self.outbox or (self._journal is not None and self._journal.find(key) is not None):
+            self.outbox.counts["already_sent"] += 1
+            return
+        entry = Entry(key, chat, topic, html, plain, priority, bus_seq, bus_seq, time.time(), thread_id=thread_id)
         self._queue(entry)
 
     def _queue(self, entry: Entry) -> None:
@@ -163,7 +198,12 @@ class Relay:
             self._backoff(f"unexpected {type(error).__name__}")
 
     def _next(self, now: float) -> Entry | None:
-        return next((e for e in self.outbox.ordered() if self._limits.ready_at(self._target(e.chat)) <= now), None)
+        return next((e for e in self.outbox.ordered() if self._may_leave(e, now)), None)
+
+    def _may_leave(self, entry: Entry, now: float) -> bool:
+        if not entry.edits and not self.policy.may_send(entry.chat):
+            return False
+        return self._limits.ready_at(self._target(entry.chat)) <= now
 
     def _target(self, chat: int | str) -> int | str:
         """The id to use for `chat`: a group that became a supergroup has a new one."""
@@ -179,6 +219,8 @@ class Relay:
             entry.message_id = answer.message_id or entry.edits
             self._failures = 0
             self._refusals.pop(entry.chat, None)
+            if not entry.edits:
+                self.policy.sent(entry.chat)
             self.outbox.finish(entry, "sent")
             group = f"{entry.chat}|{entry.group}" if entry.group else ""
             journal.sent(Sent(entry.key, group, entry.last_seq, entry.message_id))
@@ -197,6 +239,8 @@ class Relay:
             return "editMessageText", {**payload, "message_id": entry.edits}
         if entry.thread_id is not None:
             payload["message_thread_id"] = entry.thread_id
+        if entry.silent:
+            payload["disable_notification"] = True
         return "sendMessage", payload
 
     def _refused(self, entry: Entry, answer: Answer) -> None:
@@ -255,6 +299,16 @@ class Relay:
             if entry.chat == chat:
                 self.outbox.finish(entry, "dropped", "chat disabled")
 
+    def tick(self) -> None:
+        """What is due by the clock. A digest leaves with the next turn, when it is durable that it is told."""
+        self.pump()
+        self.tell_digests()
+
+    def save(self) -> None:
+        """Write what changed into the plugin's state."""
+        self.outbox.save()
+        self.policy.save()
+
     # -- figures --------------------------------------------------------------------------------
 
     def health(self) -> dict[str, Any]:
@@ -275,7 +329,8 @@ class Relay:
         named = {name: self.outbox.counts[name] for name in ("sent", "dry_run", "dropped", "merged")}
         rest = {name: count for name, count in list(self.outbox.counts.items()) if name not in named}
         wait = max(0.0, self._halted_until - self._clock())
-        return {**named, **rest, "waiting": self.outbox.waiting, "disabled_chats": len(self.disabled), "halted_s": wait}
+        queue = {"waiting": self.outbox.waiting, "waiting_for_digest": self.policy.held}
+        return {**named, **rest, **queue, "disabled_chats": len(self.disabled), "halted_s": wait}
 
     def close(self) -> None:
         if self._transport is not None:

@@ -12,97 +12,44 @@ from typing import Any
 
 import msgspec
 
-#: UTF-16 units after entity parsing; Telegram does not say which unit it counts, this is the stricter one.
-MAX_UNITS = 4096
-#: Kept free for the repeat mark.
-_ROOM = 32
+from tapebus_telegram.markup import Line, compose, cut, one_line
+from tapebus_trading.symbols import Registry
+
 _LONG_NUMBER = re.compile(r"(?<![\d.,])\d{6,}(?![\d.,]*\d)")
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-_INDEX = re.compile(r"[A-Z]{2,5}\d{2,4}")
+#: UTF-16 units of a message in a list of messages.
+LINE_UNITS = 120
 
 LOW, NORMAL, HIGH, CRITICAL = range(4)
-#: A line is a list of parts, each a text and the HTML tag around it ("" for none).
-Line = list[tuple[str, str]]
 
 
 class Message(msgspec.Struct, frozen=True):
-    """``group`` names what is the same message to a reader; repeats within it are merged. Empty: never merged."""
+    """``group`` names what is the same message to a reader; repeats within it are merged. Empty: never merged.
+
+    ``line`` is the message in a list of several, ``tally`` what it adds to a summary of them.
+    """
 
     html: str
     plain: str
     priority: int
     group: str
+    line: str = ""
+    tally: Mapping[str, float] = {}
 
 
-def units(text: str) -> int:
-    """Length in UTF-16 code units."""
-    return len(text) if text.isascii() else len(text.encode("utf-16-le", "surrogatepass")) // 2
+class Built(msgspec.Struct, frozen=True):
+    """What a builder makes of an event, before it is cut to length."""
 
-
-def escape(text: str) -> str:
-    """`text` for the inside of Telegram HTML, tags and attributes alike."""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")
-
-
-def clean(text: str) -> str:
-    """`text` without control and direction characters and lone surrogates, which hide or break what follows."""
-    if text.isascii() and text.isprintable():
-        return text
-    return _CONTROL.sub("", text.encode("utf-8", "replace").decode("utf-8"))
-
-
-def cut(text: str, limit: int) -> str:
-    """`text` in at most `limit` UTF-16 units, never splitting a character."""
-    if units(text) <= limit:
-        return text
-    used, end = 1, 0
-    for end, char in enumerate(text):  # noqa: B007 - the position is what is wanted
-        used += 2 if ord(char) > 0xFFFF else 1
-        if used > limit:
-            break
-    return text[:end] + "…" if limit > 0 else ""
-
-
-def digits_of(symbol: str, overrides: Mapping[str, int]) -> int:
-    """Decimals of a price of `symbol`."""
-    if symbol in overrides:
-        return overrides[symbol]
-    if symbol.startswith(("XAG",)):
-        return 3
-    if symbol.startswith(("XAU", "BTC", "ETH")):
-        return 2
-    if _INDEX.fullmatch(symbol):
-        return 1
-    return 3 if symbol[3:6] == "JPY" else 5
-
-
-def compose(lines: list[Line], limit: int = MAX_UNITS - _ROOM) -> tuple[str, str]:
-    """HTML and plain text of `lines`, both cut to `limit` UTF-16 units of visible text, never inside a tag."""
-    html: list[str] = []
-    plain: list[str] = []
-    left = limit
-    for line in lines:
-        html_line, plain_line = "", ""
-        for text, tag in line:
-            shown = cut(clean(text), left)
-            left -= units(shown)
-            if shown:
-                html_line += f"<{tag}>{escape(shown)}</{tag}>" if tag else escape(shown)
-            plain_line += shown
-        if plain_line:
-            html.append(html_line)
-            plain.append(plain_line)
-            left -= 1
-        if left <= 0:
-            break
-    return "\n".join(html), "\n".join(plain)
+    lines: list[Line]
+    priority: int
+    group: str = ""
+    tally: Mapping[str, float] = {}
 
 
 class Renderer:
-    """Turns events into messages; `digits` overrides the decimals per symbol. Stateless otherwise."""
+    """Turns events into messages, with prices by the digits `symbols` knows. Stateless otherwise."""
 
-    def __init__(self, digits: Mapping[str, int], mask_numbers: bool = True) -> None:
-        self._digits = digits
+    def __init__(self, symbols: Registry, mask_numbers: bool = True) -> None:
+        self._symbols = symbols
         self._mask = mask_numbers
 
     def message(self, event: Any) -> Message | None:
@@ -110,20 +57,21 @@ class Renderer:
         build = _BUILDERS.get(event.event_type)
         if build is None:
             return None
-        view = _View(event, self._digits, self._mask)
-        lines, priority, group = build(view)
-        html, plain = compose(lines)
-        return Message(html, plain, priority, f"{event.event_type}:{group}"[:300] if group else "")
+        built = build(_View(event, self._symbols, self._mask))
+        html, plain = compose(built.lines)
+        group = f"{event.event_type}:{built.group}"[:300] if built.group else ""
+        line = one_line(" · ".join("".join(text for text, _ in line) for line in built.lines[:2]), LINE_UNITS)
+        return Message(html, plain, built.priority, group, line.removesuffix(" ·"), built.tally)
 
 
 class _View:
     """Reads payload fields by canonical name from a struct or from the ``dict`` of an unregistered type."""
 
-    def __init__(self, event: Any, digits: Mapping[str, int], mask: bool) -> None:
+    def __init__(self, event: Any, symbols: Registry, mask: bool) -> None:
         self.event = event
         self._data = event.data
         self._plain = isinstance(event.data, Mapping)
-        self._digits = digits
+        self._symbols = symbols
         self._mask = mask
 
     def get(self, *names: str) -> Any:
@@ -140,23 +88,38 @@ class _View:
         value = getattr(value, "value", value)
         return value if isinstance(value, str) else str(value)
 
+    def words(self, *names: str) -> str:
+        """A code like ``SWEEP_RETURN`` as words."""
+        return self.text(*names).replace("_", " ")
+
     def free(self, *names: str) -> str:
-        """Text written by people or programs: long digit runs are masked down to their last three."""
-        text = self.text(*names)
+        """Text written by people or programs, with account numbers masked."""
+        return self.masked(self.text(*names))
+
+    def masked(self, text: str) -> str:
+        """`text` with long digit runs masked down to their last three."""
         return _LONG_NUMBER.sub(lambda found: "•••" + found[0][-3:], text) if self._mask else text
 
     @property
     def symbol(self) -> str:
         return self.text("symbol").upper()
 
+    def identity(self, *names: str) -> str:
+        return self.text(*names) or (self.event.correlation_id or "")
+
     def price(self, *names: str) -> str:
         value = _number(self.get(*names))
         # terminals write 0 for "at the market" and for "no level"
-        return "" if not value else f"{value:.{digits_of(self.symbol, self._digits)}f}"
+        return "" if not value else f"{value:.{self._symbols[self.symbol].digits}f}"
 
     def figure(self, pattern: str, *names: str) -> str:
         value = _number(self.get(*names))
         return "" if value is None else pattern.format(value)
+
+    def slots(self) -> str:
+        """How many slots are held of how many, like ``4/10 slots``."""
+        used, most = self.figure("{:.0f}", "slots_used"), self.figure("{:.0f}", "slots_max")
+        return f"{used}/{most} slots" if used and most else ""
 
     def prices(self) -> Line:
         shown = [(label, self.price(*names)) for label, names in _PRICES]
@@ -194,37 +157,106 @@ def _arrow(view: _View) -> str:
     return {"BUY": "▲", "SELL": "▼"}.get(view.text("direction").upper(), "•")
 
 
-def _signal(view: _View) -> tuple[list[Line], int, str]:
+def _signal(view: _View) -> Built:
     confidence = view.figure("{:.0f} %", "confidence")
-    identity = view.text("signal_id") or (view.event.correlation_id or "")
+    identity = view.identity("signal_id")
     lines = [
         _head(_arrow(view), view),
         view.prices(),
-        _details(view.text("pattern_type").replace("_", " "), f"confidence {confidence}" if confidence else ""),
+        _details(view.words("pattern_type"), f"confidence {confidence}" if confidence else ""),
         [(identity, "code")],
     ]
-    return lines, NORMAL, identity
+    return Built(lines, NORMAL, identity, {"signals": 1})
 
 
-def _fire(view: _View) -> tuple[list[Line], int, str]:
+def _gate(view: _View) -> Built:
+    """Why a signal is not fired: each rule that stopped it, with its limit and what it found."""
+    fires = view.get("fire") is True
+    identity = view.identity("signal_id")
+    rules = [each for each in _items(view.get("rules")) if _of(each, "passed") is False]
+    lines = [
+        _head("🟢" if fires else "🚫", view, "gate:", "fires" if fires else "not fired"),
+        _details(*(str(each).replace("_", " ") for each in _items(view.get("reasons"))[:20])),
+        *(
+            [(f"{_of(each, 'name')}: ", ""), (f"{_of(each, 'actual')}", "code"), (f"  limit {_of(each, 'limit')}", "")]
+            for each in rules[:20]
+        ),
+        [(identity, "code")],
+    ]
+    lines = [[(view.masked(cut(text, 300)), tag) for text, tag in line] for line in lines]
+    return Built(lines, LOW, identity, {"fired by the gate" if fires else "refused by the gate": 1})
+
+
+def _items(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else []
+
+
+def _of(item: Any, name: str) -> Any:
+    return item.get(name) if isinstance(item, Mapping) else getattr(item, name, None)
+
+
+def _fire(view: _View) -> Built:
     lot = view.figure("{:g} lot", "lot", "lot_size", "volume")
-    identity = view.text("fire_id") or (view.event.correlation_id or "")
+    identity = view.identity("fire_id")
     lines = [
         _head("🔥", view, "order"),
         _details(lot, view.text("execution_mode"), view.text("status")),
         view.prices(),
         [(identity, "code")],
     ]
-    return lines, HIGH, identity
+    return Built(lines, HIGH, identity, {"orders": 1})
+
+
+_OPENED = frozenset(("success", "filled", "ok", "done", "executed", "open", "opened", "partially_filled"))
+
+
+def _executed(view: _View) -> Built:
+    """A terminal's answer to an order; FILLED is an open position, not a finished one."""
+    status = view.text("status")
+    word = status.lower()
+    if word in _OPENED:
+        mark, what, priority = "🟢", "opened", HIGH
+    elif word.startswith("closed"):
+        mark, what, priority = "🏁", "closed", HIGH
+    elif word:
+        mark, what, priority = "⛔", f"not opened: {status.replace('_', ' ')}", HIGH
+    else:
+        mark, what, priority = "•", "answered", NORMAL
+    identity = view.identity("fire_id")
+    price, retcode = view.price("price", "open_price"), view.figure("{:.0f}", "retcode")
+    lines: list[Line] = [
+        _head(mark, view, what),
+        _details(
+            view.figure("{:g} lot", "volume", "lot"),
+            f"at {price}" if price else "",
+            f"code {retcode}" if retcode and mark == "⛔" else "",
+            view.free("message"),
+        ),
+        [(identity, "code")],
+    ]
+    tally = {"🟢": "opened", "🏁": "closed", "⛔": "not opened"}.get(mark, "answers")
+    return Built(lines, priority, f"{what}|{identity}", {tally: 1})
+
+
+def _slot(mark: str, what: str, tally: str) -> Callable[[_View], Built]:
+    def build(view: _View) -> Built:
+        lines: list[Line] = [
+            _head(mark, view, what),
+            _details(view.slots(), view.words("method")),
+            [(view.text("fire_id", "signal_id"), "code")],
+        ]
+        return Built(lines, LOW, tally={tally: 1})
+
+    return build
 
 
 _OUTCOME_MARKS = {"WIN": "✅", "LOSS": "❌", "BREAKEVEN": "➖", "TIMEOUT": "⌛", "CANCELLED": "🚫"}
 
 
-def _outcome(view: _View) -> tuple[list[Line], int, str]:
+def _outcome(view: _View) -> Built:
     # An open signal has no outcome yet (None); it is called open, never lost.
     outcome = view.text("outcome", "status", "result").upper() or "OPEN"
-    identity = view.text("signal_id") or (view.event.correlation_id or "")
+    identity = view.identity("signal_id")
     pips = view.figure("{:+.1f} pips", "pips", "pnl_pips", "result_pips")
     result = view.figure("{:+.2f} R", "r", "r_multiple", "result_r", "realized_r")
     exit_price = view.price("exit_price", "exit", "close_price")
@@ -233,14 +265,32 @@ def _outcome(view: _View) -> tuple[list[Line], int, str]:
         _details(result, pips, f"exit {exit_price}" if exit_price else "", view.free("reason", "exit_reason")),
         [(identity, "code")],
     ]
-    return lines, NORMAL, identity
+    tally = {"outcomes": 1.0, outcome: 1.0}
+    if (r := _number(view.get("r", "r_multiple", "result_r", "realized_r"))) is not None:
+        tally["R"] = r
+    return Built(lines, NORMAL, identity, tally)
 
 
-def _alert(view: _View) -> tuple[list[Line], int, str]:
+def _pattern(view: _View) -> Built:
+    """Where a pattern stands: how many of how many were won, with the interval, and nobody's adjective."""
+    status, name = view.text("status").upper(), view.words("pattern_type")
+    n, wins = view.figure("{:.0f}", "n"), view.figure("{:.0f}", "wins")
+    low, high = _number(view.get("low")), _number(view.get("high"))
+    scale = 100 if high is not None and high <= 1 else 1
+    interval = f"{low * scale:.0f}–{high * scale:.0f} %" if low is not None and high is not None else ""
+    lines: list[Line] = [
+        [("🧪 ", ""), (f"{name} {status}".strip() or "pattern", "b")],
+        _details(f"{wins} of {n} won" if n and wins else "", f"95 % interval {interval}" if interval else ""),
+        [(view.free("reason"), "")],
+    ]
+    return Built(lines, HIGH if status == "DISABLED" else NORMAL, name, {"patterns changed": 1})
+
+
+def _alert(view: _View) -> Built:
     severity = view.text("severity", "level", "priority").lower()
     name = view.text("name", "code", "kind", "alert", "rule")
     component = view.text("component") or view.event.source
-    title = view.free("title") or name.replace("_", " ") or "alert"
+    title = view.free("title") or view.masked(name.replace("_", " ")) or "alert"
     cleared = view.text("state") == "cleared"
     words = ("CLEARED" if cleared else severity.upper(), title)
     lines: list[Line] = [
@@ -249,23 +299,63 @@ def _alert(view: _View) -> tuple[list[Line], int, str]:
         [(component, "code")],
     ]
     priority = {"critical": CRITICAL, "error": CRITICAL, "info": NORMAL, "low": LOW}.get(severity, HIGH)
-    return lines, priority, "|".join((component, *words[:1], name or title, view.symbol))
+    if cleared:
+        priority = min(priority, NORMAL)
+    group = "|".join((component, *words[:1], name or title, view.symbol))
+    return Built(lines, priority, group, {"alerts cleared" if cleared else "alerts raised": 1})
 
 
-def _released(view: _View) -> tuple[list[Line], int, str]:
-    used, most = view.figure("{:.0f}", "slots_used"), view.figure("{:.0f}", "slots_max")
+def _reconcile(view: _View) -> Built:
     lines: list[Line] = [
-        _head("🔓", view, "slot released"),
-        _details(view.text("method").replace("_", " "), f"{used} of {most} slots used" if used and most else ""),
-        [(view.text("fire_id", "signal_id"), "code")],
+        [("🔎 ", ""), ("slots wait for a fresh look at the account", "b")],
+        _details(view.slots(), *(str(each).replace("_", " ") for each in _items(view.get("reasons"))[:10])),
     ]
-    return lines, LOW, ""
+    lines = [[(view.masked(text), tag) for text, tag in line] for line in lines]
+    return Built(lines, NORMAL, "reconcile", {"slot checks": 1})
 
 
-_BUILDERS: dict[str, Callable[[_View], tuple[list[Line], int, str]]] = {
+def _action(view: _View) -> Built:
+    """What a person did; of who it was only the last three characters are shown."""
+    who = view.text("user_id") or view.event.user_id or ""
+    details = view.get("details")
+    shown = details if isinstance(details, Mapping) else {}
+    named = {key: value for key, value in shown.items() if key in _ACTION_DETAILS and isinstance(value, str | int)}
+    lines: list[Line] = [
+        [("👤 ", ""), (view.words("action") or "action", "b")],
+        _details(f"by •••{who[-3:]}" if who else "", *(view.masked(f"{key} {value}") for key, value in named.items())),
+    ]
+    return Built(lines, NORMAL, tally={"actions": 1})
+
+
+#: Of what an action says about itself, the rest may be about persons and accounts.
+_ACTION_DETAILS = ("pattern_type", "command", "result", "via", "reason")
+
+
+def _calibration(view: _View) -> Built:
+    lines: list[Line] = [
+        [("📐 ", ""), (f"confidence calibration {view.figure('{:.0f}', 'version')}".strip(), "b")],
+        _details(
+            view.text("method"),
+            view.figure("n {:.0f}", "n"),
+            view.figure("Brier {:.3f}", "brier"),
+            view.figure("skill {:+.3f}", "skill"),
+            view.figure("ECE {:.3f}", "ece"),
+        ),
+    ]
+    return Built(lines, LOW, "calibration", {"calibrations": 1})
+
+
+_BUILDERS: dict[str, Callable[[_View], Built]] = {
     "signal_generated": _signal,
+    "gate_verdict": _gate,
     "fire_command": _fire,
+    "trade_executed": _executed,
+    "slot_opened": _slot("🔒", "slot taken", "slots taken"),
+    "slot_released": _slot("🔓", "slot released", "slots released"),
     "signal_outcome": _outcome,
+    "pattern_status": _pattern,
     "alert": _alert,
-    "slot_released": _released,
+    "reconcile_requested": _reconcile,
+    "user_action": _action,
+    "calibration": _calibration,
 }
