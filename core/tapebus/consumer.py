@@ -123,6 +123,15 @@ class Context(Protocol):
         ``correlation_id`` defaults to that of `cause`; ``causation_id`` is ``"bus:<bus_seq>"`` of `cause`.
         """
 
+    def figures(self) -> dict[str, Any]:
+        """The figures of the running bus at this moment, spelled as in ``tapebus stats --json``.
+
+        ``bus``, ``producers`` (those with anything refused, dropped or unexplained), ``consumers`` and ``feed``.
+        From memory: asks no plugin, waits for nothing, reads no disk; from any thread. Costs its caller some ten
+        microseconds, and events nothing. Empty before the bus runs, and in a process of its own, which sees the
+        tape but not the bus.
+        """
+
 
 def covers(topics: Iterable[str], event_type: str) -> bool:
     """Whether one of `topics` (exact, ``prefix.*`` or ``*``) covers `event_type`."""

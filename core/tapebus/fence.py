@@ -59,8 +59,11 @@ class PluginContext:
         state: dict[str, bytes],
         clock: Callable[[], float],
         shared: dict[str, Any] | None = None,
+        figures: Callable[[], dict[str, Any]] = dict,
     ) -> None:
         self.name = name
+        #: See `tapebus.consumer.Context.figures`.
+        self.figures = figures
         self.config = config
         self.shared = shared or {}
         self.data_dir = data_dir

@@ -178,7 +178,7 @@ class Runtime:
             self.alarm,
             config.bus.commit_interval_ms / 1e3,
         )
-        self.wiring = Wiring(self.manager, config, self.ring, self.store)
+        self.wiring = Wiring(self.manager, config, self.ring, self.store, self.statistics.figures)
         restore(self.store, self.wiring.inline, self._tell_tape)
         judge = Judge(self.codec.topics, self._begin(last_seq), self._tell_tape)
         cursors = [judge.cursor, *(fence.cursor for fence in self.wiring.inline)]
@@ -339,6 +339,7 @@ class Runtime:
         self.ingest.add(socket, producer, False, source.topic, name, source.fields, peers=peers)
 
     def _run_threads(self) -> None:
+        self.statistics.running = True
         self._ingest_thread = threading.Thread(target=self._run_ingest, name="tapebus-ingest", daemon=True)
         for thread in (self.feed, *self.threads, self.dispatcher, self.tape, self._ingest_thread, self.control):
             thread.start()

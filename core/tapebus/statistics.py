@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("tapebus")
 PM2_INTERVAL = 2.0
+#: How often it is noted, at most, how far the tape has come, and how often that is remembered: an hour.
+REACHED_S, REACHED = 1.0, 3600
 #: Seconds a plugin may take to tell its health or its figures.
 HOOK_S = 1.0
 
@@ -56,6 +59,12 @@ class Statistics:
         self._base = runtime.store.counters() if runtime.store is not None else {}
         #: What the durable counters were made from, and they; replaced together.
         self._counted: tuple[tuple[int, ...], dict[str, int]] = ((0, 0, 0, 0), self._base)
+        #: Whether there are threads to tell figures of.
+        self.running = False
+        #: Damage is repaired before a start, so this does not change any more.
+        self._lost = runtime.store.lost_events() if runtime.store is not None else 0
+        #: When the tape was seen to have come how far: (monotonic, last_seq).
+        self._reached: deque[tuple[float, int]] = deque(maxlen=REACHED)
 
     # -- figures ---------------------------------------------------------------------------------
 
@@ -94,48 +103,98 @@ class Statistics:
     def stats(self) -> dict[str, Any]:
         runtime = self._runtime
         accounts = self.accounts()
-        counters = self.durable_counters()
+        # what is on the tape is read a moment apart from the accounts, so `stray` is for the tape alone to tell
+        total = books.summary(accounts, sum(each.stored for each in accounts))
+        more = {
+            "rss_bytes": resident_bytes(),
+            "acks_mean": "on disk" if runtime.store is not None else "dispatched",
+        }
+        return {
+            "bus": self._bus(accounts) | more,
+            "producers": [_row(each) for each in accounts if each.producer_id != books.UNSEQUENCED],
+            "books": {**msgspec.structs.asdict(total), "line": total.line()},
+            "consumers": self._consumers(),
+            "plugins": self._plugins(),
+            "feed": self._feed(),
+            "store": runtime.store.stats() if runtime.store is not None else {},
+        }
+
+    def figures(self) -> dict[str, Any]:
+        """What plugins may know: from memory, without asking any of them; from any thread."""
+        if not self.running:
+            return {}
+        ring = self._runtime.ring
+        accounts = [books.account(ring.account(index)) for index in ring.uneven()]
+        rows = [
+            {
+                "producer_id": each.producer_id,
+                "source": each.source,
+                "rejected": each.rejected,
+                "dropped": each.dropped,
+                "unexplained": each.unexplained,
+            }
+            for each in accounts
+        ]
+        accounts.append(books.unsequenced(self.durable_counters()))
+        return {
+            "bus": self._bus(accounts),
+            "producers": rows,
+            "consumers": self._consumers(),
+            "feed": self._feed(),
+        }
+
+    def _bus(self, accounts: list[books.Account]) -> dict[str, Any]:
+        """Figures of the whole bus; `accounts` are at least those that hold more than stored events."""
+        runtime = self._runtime
         rejected: dict[str, int] = {}
         dropped: dict[str, int] = {}
         for each in accounts:
             _add(rejected, each.rejected)
             _add(dropped, each.dropped)
-        # what is on the tape is read a moment apart from the accounts, so `stray` is for the tape alone to tell
-        total = books.summary(accounts, sum(each.stored for each in accounts))
         last_seq = runtime.tape.done_seq
         return {
-            "bus": {
-                "uptime_s": round(time.monotonic() - self._started, 3),
-                "last_seq": last_seq,
-                "judged_seq": runtime.dispatcher.judge.cursor,
-                "received": runtime.ring.received_count + runtime.first_seq - 1,
-                "stored": last_seq,
-                "rejected": rejected,
-                "dropped": dropped,
-                "dead_letters": books.part(counters, books.DEAD),
-                "dead_letters_lost": runtime.tape.dead_lost,
-                "unexplained": total.unexplained,
-                "rss_bytes": resident_bytes(),
-                "acks_mean": "on disk" if runtime.store is not None else "dispatched",
-                "state": "store full" if runtime.tape.full else "running",
-                "lost": runtime.store.lost_events() if runtime.store is not None else 0,
-            },
-            "producers": [_row(each) for each in accounts if each.producer_id != books.UNSEQUENCED],
-            "books": {**msgspec.structs.asdict(total), "line": total.line()},
-            "consumers": self._consumers(),
-            "plugins": self._plugins(),
-            "feed": {"sent": runtime.feed.sent, "lost": runtime.feed.backlog.lost + runtime.feed.unsent},
-            "store": runtime.store.stats() if runtime.store is not None else {},
+            "uptime_s": round(time.monotonic() - self._started, 3),
+            "last_seq": last_seq,
+            "judged_seq": runtime.dispatcher.judge.cursor,
+            "received": runtime.ring.received_count + runtime.first_seq - 1,
+            "stored": last_seq,
+            "rejected": rejected,
+            "dropped": dropped,
+            "dead_letters": books.part(self.durable_counters(), books.DEAD),
+            "dead_letters_lost": runtime.tape.dead_lost,
+            "unexplained": sum(each.unexplained for each in accounts),
+            "state": "store full" if runtime.tape.full else "running",
+            "lost": self._lost,
         }
+
+    def _feed(self) -> dict[str, int]:
+        feed = self._runtime.feed
+        return {"sent": feed.sent, "lost": feed.backlog.lost + feed.unsent}
 
     def _consumers(self) -> list[dict[str, Any]]:
         runtime = self._runtime
         last = runtime.tape.done_seq
-        now = time.time()
-        return [
-            figures(fence, last, (now - runtime.tape.done_at) * 1e3 if fence.cursor < last else 0.0)
-            for fence in runtime.consumers
-        ]
+        reached = self._look()
+        return [figures(fence, last, self._lag_ms(fence.cursor, last, reached)) for fence in runtime.consumers]
+
+    def _look(self) -> list[tuple[float, int]]:
+        """Note how far the tape has come by now; what was noted so far, oldest first."""
+        now = time.monotonic()
+        reached = list(self._reached)
+        if not reached or now - reached[-1][0] >= REACHED_S:
+            self._reached.append((now, self._runtime.tape.done_seq))
+        return reached
+
+    def _lag_ms(self, cursor: int, last_seq: int, reached: list[tuple[float, int]]) -> float:
+        """For how long at least the tape has held an event above `cursor`."""
+        if cursor >= last_seq:
+            return 0.0
+        lag = time.time() - self._runtime.tape.done_at
+        for at, seq in reversed(reached):
+            if seq <= cursor:
+                break
+            lag = max(lag, time.monotonic() - at)
+        return lag * 1e3
 
     def _plugins(self) -> dict[str, dict[str, Any]]:
         runtime = self._runtime

@@ -42,6 +42,11 @@ class RecordingContext:
         self.log = logging.getLogger(f"tapebus.{name}")
         self.state: dict[str, bytes] = {}
         self.emitted: list[Wire] = []
+        #: What `figures` tells; for the test to set.
+        self.told: dict[str, Any] = {}
+
+    def figures(self) -> dict[str, Any]:
+        return self.told
 
     def emit(
         self,

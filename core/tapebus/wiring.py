@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ class Wiring:
         config: Config,
         ring: Ring,
         store: StoreReader | None,
+        figures: Callable[[], dict[str, Any]] = dict,
     ) -> None:
         self.contexts: dict[str, PluginContext] = {}
         self.inline: list[Fence] = []
@@ -53,7 +55,9 @@ class Wiring:
             if plugin is None:
                 continue
             state = store.state(name) if store is not None else {}
-            context = PluginContext(name, config.plugin(name), config.data_dir, state, time.time, config.shared)
+            context = PluginContext(
+                name, config.plugin(name), config.data_dir, state, time.time, config.shared, figures
+            )
             self.contexts[name] = context
             consumers = within(
                 config.bus.start_s,
