@@ -154,8 +154,8 @@ def test_platt_finds_the_curve_that_made_the_trades() -> None:
 def test_platt_satisfies_the_equations_of_its_optimum() -> None:
     """At the optimum the residuals sum to zero, plain and weighted with confidence."""
     counts = drawn(500, lambda c: (c - 40) / 80)
-    knots = dict(platt(counts))
-    (x0, y0), (x1, y1) = list(knots.items())[0], list(knots.items())[-1]
+    knots = platt(counts)
+    (x0, y0), (x1, y1) = knots[0], knots[-1]
     slope = (math.log(y1 / (100 - y1)) - math.log(y0 / (100 - y0))) / (x1 - x0)
     level = math.log(y0 / (100 - y0)) - slope * x0
     n, wins = sum(m for _, m in counts.values()), sum(k for k, _ in counts.values())
