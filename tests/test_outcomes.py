@@ -327,7 +327,7 @@ def test_an_interrupted_run_emits_exactly_what_an_uninterrupted_one_emits() -> N
             b.feed([*batch, quote(b, time, bid, ask)])
             if restarts and index % 37 == 0:
                 b.restart()
-        runs.append((b.emitted, tapebus_outcomes.pattern_table(b.context)))
+        runs.append((b.emitted, tapebus_outcomes.tapebus_metrics(context=b.context)))
     assert runs[0] == runs[1]
 
 

@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tapebus.errors import ConfigError
-from tapebus_outcomes.stats import OUTCOMES, summarise
-from tapebus_outcomes.symbols import Symbols
+from tapebus_outcomes.record import OUTCOMES
+from tapebus_outcomes.stats import summarise
 
 
 def test_a_pattern_without_a_loss_has_no_profit_factor() -> None:
@@ -52,21 +51,3 @@ def test_the_table_equals_counting_by_hand_in_any_order(rows: list[dict[str, Any
             assert row["expectancy_r"] == pytest.approx(sum(ended) / len(ended), abs=1e-9)
         else:
             assert row["expectancy_r"] is None
-
-
-def test_one_pip_of_one_lot_is_worth_what_the_contract_says() -> None:
-    symbols = Symbols()
-    worth = {"EURUSD": 10, "USDJPY": 1000, "XAUUSD": 10, "XAGUSD": 50, "BTCUSD": 1, "USDCNH": 10}
-    assert {name: round(symbols[name].pip_value, 6) for name in worth} == worth
-    assert symbols["GBPJPY"].digits == 3 and symbols["EURUSD"].point == 0.00001
-
-
-def test_the_brokers_values_win_over_the_defaults() -> None:
-    gold = Symbols({"XAUUSD": {"digits": 3, "pip": 0.01}})["XAUUSD"]
-    assert (gold.pip, gold.digits, gold.contract_size) == (0.01, 3, 100)
-    assert gold.point == pytest.approx(0.001)
-
-
-def test_a_misspelt_symbol_key_is_refused_with_the_nearest_valid_one() -> None:
-    with pytest.raises(ConfigError, match=r"XAUUSD\.pipp: unknown key; did you mean 'pip'"):
-        Symbols({"XAUUSD": {"pipp": 1}})

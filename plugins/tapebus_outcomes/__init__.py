@@ -6,9 +6,9 @@ from typing import Any
 
 from tapebus.consumer import Consumer, Context
 from tapebus.hookspecs import hookimpl
-from tapebus_outcomes.tracker import TOPICS, Tracker
+from tapebus_outcomes.tracker import Tracker
 
-__all__ = ["Tracker", "pattern_table"]
+__all__ = ["Tracker"]
 
 #: By identity of the context, which the tracker keeps alive: one process may embed several buses.
 _trackers: dict[int, Tracker] = {}
@@ -18,7 +18,14 @@ _trackers: dict[int, Tracker] = {}
 def tapebus_register_consumers(context: Context) -> list[Consumer]:
     tracker = _trackers[id(context)] = Tracker(context)
     return [
-        Consumer(name="outcomes", topics=TOPICS, handler=tracker.handle, save=tracker.save, mode="inline", start="now")
+        Consumer(
+            name="outcomes",
+            topics=tracker.topics,
+            handler=tracker.handle,
+            save=tracker.save,
+            mode="inline",
+            start="now",
+        )
     ]
 
 
@@ -34,16 +41,13 @@ def tapebus_health(context: Context) -> dict[str, Any]:
     if tracker is None:
         return {"status": "error", "message": "outcomes: not started"}
     figures = tracker.metrics()
-    message = f"{figures['open']} open, {figures['resolved']} resolved, {figures['timeouts']} timed out"
+    message = (
+        f"{figures['open']} open, {figures['resolved']} resolved, {figures['timeouts']} timed out, "
+        f"{figures['cancelled']} cancelled, {figures['unknown']} unknown, {figures['ambiguous']} ambiguous"
+    )
     return {"status": "ok", "message": message}
 
 
 @hookimpl
 def tapebus_stop(context: Context) -> None:
     _trackers.pop(id(context), None)
-
-
-def pattern_table(context: Context) -> list[dict[str, Any]]:
-    """The pattern table of the bus that owns `context`; other programs use `stats.summarise`."""
-    tracker = _trackers.get(id(context))
-    return tracker.pattern_table() if tracker is not None else []

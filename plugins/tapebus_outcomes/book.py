@@ -16,18 +16,21 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from heapq import heapify, heappop, heappush
+from itertools import pairwise
 from typing import Any
 
 import msgspec
 
 from tapebus.bands import Band
-
-INF = float("inf")
+from tapebus_outcomes.bars import INF, Bar, Covered
 
 
 class Signal(msgspec.Struct, array_like=True, gc=False):
     """One signal being followed. ``order`` is its place among all signals opened, ``start`` the
-    symbol's quote count at that moment, ``entry`` None until the first quote gives it."""
+    symbol's quote count at that moment, ``entry`` None until the first price gives it.
+
+    Of the ``bars`` it has seen it keeps the ``best`` and ``worst`` exit-side price, and the ``doubt`` one has left.
+    ``cancelled``: its deadline is the time it was taken back, and the bar of that time is still to come."""
 
     order: int
     signal_id: str
@@ -43,6 +46,17 @@ class Signal(msgspec.Struct, array_like=True, gc=False):
     start: int
     fired: bool = False
     live: bool = True
+    best: float | None = None
+    worst: float | None = None
+    bars: int = 0
+    doubt: bool = False
+    cancelled: bool = False
+
+    def sound(self) -> bool:
+        """Whether stop, entry and target lie in the order the direction asks for, as far as they are known."""
+        prices = [price for price in (self.sl, self.entry, self.tp) if price is not None]
+        in_order = prices if self.buy else prices[::-1]
+        return all(a <= b for a, b in pairwise(in_order)) and not (self.sl is not None and self.sl == self.tp)
 
 
 class Quote(msgspec.Struct, gc=False):
@@ -61,6 +75,8 @@ class Saved(msgspec.Struct, array_like=True):
     ask: float
     box: tuple[float, float, float, float]
     segment: int
+    covered: Covered | None = None
+    by_bars: bool = False
 
 
 class Extremes:
@@ -105,8 +121,10 @@ class Book(Band):
         "ask_floor",
         "bid_ceiling",
         "bid_floor",
-        "count",
+        "by_bars",
+        "covered",
         "heaps",
+        "members",
         "pending",
         "saved_quotes",
         "segment",
@@ -122,7 +140,11 @@ class Book(Band):
         self.time = time
         self.last: Any = Quote(0.0, 0.0)
         self.segment = 0
-        self.count = 0
+        #: The open signals by their order.
+        self.members: dict[int, Signal] = {}
+        self.covered: Covered | None = None
+        #: The last price is that of a bar. The next quote is looked at, whatever it is.
+        self.by_bars = False
         #: Order: BUY stop, SELL stop, BUY target, SELL target.
         self.heaps: tuple[list[Level], list[Level], list[Level], list[Level]] = ([], [], [], [])
         self.pending: list[Signal] = []
@@ -139,6 +161,8 @@ class Book(Band):
         self.ask_ceiling = sell_stops[0][0] if sell_stops else INF
         self.bid_ceiling = buy_targets[0][0] if buy_targets else INF
         self.ask_floor = -sell_targets[0][0] if sell_targets else -INF
+        if self.by_bars:
+            self.bid_floor = INF
 
     def _idle(self) -> None:
         """Nothing is open: every quote is inside the box."""
@@ -147,22 +171,55 @@ class Book(Band):
 
     def open(self, signal: Signal) -> None:
         """Follow `signal` from the next quote on."""
-        if self.count and self.seen > self.segment:
+        self._next_segment()
+        if self.covered is not None and self.time >= self.covered.end:
+            self.by_bars = False  # quotes came while nobody looked
+        self.track(signal)
+
+    def _next_segment(self) -> None:
+        """Fold what the quotes of the running segment reached into the stacks and begin a new one."""
+        if self.members and self.seen > self.segment:
             for stack, value in zip(
                 self.stacks, (self.high_first, -self.low_first, self.high_second, -self.low_second), strict=True
             ):
                 stack.push(self.segment, value)
             self.stacks_changed = True
-        if not self.count or self.seen > self.segment:
+        if not self.members or self.seen > self.segment:
             self.segment = self.seen
             self.low_first = self.low_second = INF
             self.high_first = self.high_second = -INF
         self.saved_quotes = -1
-        self.track(signal)
+
+    def take_bar(self, bar: Bar, spread: float) -> None:
+        """Prices are known until the end of `bar`; what it did to the signals is settled."""
+        if self.members:
+            self._next_segment()
+        finest = min(bar.end - bar.start, self.covered.finest if self.covered is not None else INF)
+        self.covered = Covered(bar.start, bar.end, finest, bar.close, spread)
+        self.by_bars = True
+        self.saved_quotes = -1
+        self._clear()
+
+    @property
+    def known_until(self) -> float:
+        """The time of the last price, or of the first signal where there was none."""
+        return max(self.time, self.covered.end) if self.covered is not None else self.time
+
+    def exit_price(self, buy: bool) -> float:
+        """The last price that would have closed a signal; needs a quote or a bar."""
+        if self.by_bars and self.covered is not None:
+            return self.covered.close if buy else self.covered.close + self.covered.spread
+        return float(self.last.bid if buy else self.last.ask)
+
+    def patience(self, deadline: float) -> float:
+        """Seconds after `deadline` for which its end waits, because a bar may still tell of the time before it."""
+        if not self.by_bars or self.covered is None or deadline <= self.covered.end:
+            return 0.0
+        return 2 * (self.covered.end - self.covered.start)
 
     def track(self, signal: Signal) -> None:
         """Put the levels of `signal` into the heaps."""
-        self.count += 1
+        self.members[signal.order] = signal
         if signal.entry is None:
             self.pending.append(signal)
         stop, target = (0, 2) if signal.buy else (1, 3)
@@ -188,7 +245,7 @@ class Book(Band):
 
     def widen(self, bid: float, ask: float) -> None:
         """Take a good quote into the running segment."""
-        if not self.count:
+        if not self.members:
             return
         self.low_first = min(self.low_first, bid)
         self.high_first = max(self.high_first, bid)
@@ -210,19 +267,23 @@ class Book(Band):
         self._clear()
         return found
 
-    def extremes(self, signal: Signal) -> tuple[float, float]:
-        """Highest and lowest exit-side price since `signal` was opened; needs at least one quote."""
+    def extremes(self, signal: Signal) -> tuple[float, float] | None:
+        """Highest and lowest exit-side price since `signal` was opened, by quotes and bars; None where none came."""
+        known = [price for price in (signal.best, signal.worst) if price is not None]
+        if self.seen == signal.start:
+            return (max(known), min(known)) if known else None
         if signal.buy:
             high, low, top, bottom = self.stacks[0], self.stacks[1], self.high_first, self.low_first
         else:
             high, low, top, bottom = self.stacks[2], self.stacks[3], self.high_second, self.low_second
-        return high.since(signal.start, top), -low.since(signal.start, -bottom)
+        highest, lowest = high.since(signal.start, top), -low.since(signal.start, -bottom)
+        return (max(highest, *known), min(lowest, *known)) if known else (highest, lowest)
 
     def close(self, signal: Signal) -> None:
         """Stop following `signal`; drops what no open signal needs any more."""
         signal.live = False
-        self.count -= 1
-        if not self.count:
+        del self.members[signal.order]
+        if not self.members:
             for heap in self.heaps:
                 heap.clear()
             for stack in self.stacks:
@@ -234,19 +295,20 @@ class Book(Band):
             self._idle()
             return
         for heap in self.heaps:
-            if len(heap) > 2 * self.count + 64:
+            if len(heap) > 2 * len(self.members) + 64:
                 heap[:] = [level for level in heap if level[2].live]
                 heapify(heap)
         self._clear()
 
     def saved(self) -> Saved:
         box = (self.low_first, self.high_first, self.low_second, self.high_second)
-        return Saved(self.seen, self.time, self.last.bid, self.last.ask, box, self.segment)
+        return Saved(self.seen, self.time, self.last.bid, self.last.ask, box, self.segment, self.covered, self.by_bars)
 
     def restore(self, saved: Saved, stacks: list[tuple[list[int], list[float]]]) -> None:
         self.seen = self.saved_quotes = saved.quotes
         self.time, self.last, self.segment = saved.time, Quote(saved.bid, saved.ask), saved.segment
         self.low_first, self.high_first, self.low_second, self.high_second = saved.box
+        self.covered, self.by_bars = saved.covered, saved.by_bars
         if stacks:
             first, second, third, fourth = (Extremes(keys, values) for keys, values in stacks)
             self.stacks = (first, second, third, fourth)

@@ -11,11 +11,8 @@ from typing import Any
 
 import msgspec
 
+from tapebus_outcomes.record import BREAKEVEN, CANCELLED, LOSS, TIMEOUT, WIN
 from tapebus_trading.proportions import wilson
-
-WIN, LOSS, BREAKEVEN = "WIN", "LOSS", "BREAKEVEN"
-TIMEOUT, CANCELLED, UNKNOWN = "TIMEOUT", "CANCELLED", "UNKNOWN"
-OUTCOMES = (WIN, LOSS, BREAKEVEN, TIMEOUT, CANCELLED, UNKNOWN)
 
 
 class Tally(msgspec.Struct):

@@ -3,39 +3,49 @@
 from __future__ import annotations
 
 from heapq import heapify, heappop, heappush
-from itertools import pairwise
 from typing import Any
 
 import msgspec
 
 from tapebus.bands import Bands
 from tapebus.consumer import Context
-from tapebus_outcomes.book import INF, Book, Quote, Saved, Signal
+from tapebus_outcomes.bars import INF, Bar, read_bar
+from tapebus_outcomes.book import Book, Quote, Saved, Signal
+from tapebus_outcomes.record import BREAKEVEN, CANCELLED, LOSS, TIMEOUT, UNKNOWN, WIN, End, record, tidy
 from tapebus_outcomes.settings import Settings
-from tapebus_outcomes.stats import BREAKEVEN, CANCELLED, LOSS, TIMEOUT, UNKNOWN, WIN, Tally, table
-from tapebus_outcomes.symbols import Symbols
+from tapebus_outcomes.walk import walk
+from tapebus_trading.symbols import Registry
 
-TOPICS = ("signal_generated", "signal_expired", "market_data", "fire_command", "trade_executed", "trade_confirmed")
+_SIGNALS = ("signal_generated", "signal_expired", "fire_command", "trade_executed", "trade_confirmed")
+_SPECIFICATION = "symbol_specification"
+_PRICES = {"tick": ("market_data",), "bar": ("market_data.ohlcv",), "auto": ("market_data", "market_data.ohlcv")}
 _NOT_FIRED = frozenset(("FAILED", "REJECTED", "ERROR", "CANCELLED"))
-_MAX_PATTERNS = 1000
 
 _encode = msgspec.msgpack.encode
 _decode_signal = msgspec.msgpack.Decoder(Signal).decode
 _decode_book = msgspec.msgpack.Decoder(Saved).decode
 _decode_stacks = msgspec.msgpack.Decoder(list[tuple[list[int], list[float]]]).decode
 _decode_closed = msgspec.msgpack.Decoder(tuple[int, str]).decode
-Hit = tuple[Any, float, bool]
+_decode_specifications = msgspec.msgpack.Decoder(dict[str, dict[str, str]]).decode
 
 
 class Totals(msgspec.Struct):
-    """Counters kept over restarts."""
+    """Counters kept over restarts; ``ended`` by outcome."""
 
     opened: int = 0
     closed: int = 0
     duplicates: int = 0
     crossed: int = 0
     invalid: int = 0
-    patterns: dict[str, Tally] = {}
+    ended: dict[str, int] = {}
+    ambiguous: int = 0
+    gaps: int = 0
+    bars: int = 0
+    repeated_bars: int = 0
+    late_bars: int = 0
+    coarser_bars: int = 0
+    unfinished_bars: int = 0
+    invalid_bars: int = 0
 
 
 _decode_totals = msgspec.msgpack.Decoder(Totals).decode
@@ -46,28 +56,40 @@ def _field(data: Any, name: str) -> Any:
     return data.get(name) if type(data) is dict else getattr(data, name, None)
 
 
+def _level(data: Any, name: str) -> float | None:
+    """A price of a signal, without what float arithmetic added to it; MetaTrader writes 0 where there is none."""
+    price = _field(data, name)
+    return tidy(price) if price else None
+
+
 class Tracker:
     """All books, one clock of deadlines and the counters. Used on the consumer's thread only.
 
     Keys of ``context.state``: ``t`` totals, ``o:<order>`` an open signal, ``b:<symbol>`` and
-    ``s:<symbol>`` a book and its stacks, ``c:<n>`` a ring of the ids of finished signals.
+    ``s:<symbol>`` a book and its stacks, ``c:<n>`` a ring of the ids of finished signals, ``y`` what brokers sent
+    of their symbols.
     """
 
     def __init__(self, context: Context) -> None:
         self.context = context
         self.settings = Settings.of(context.config)
-        self.symbols = Symbols(self.settings.symbols)
+        self.topics = (*_SIGNALS, _SPECIFICATION, *_PRICES[self.settings.mode])
+        self.symbols = Registry(context.shared, self.settings.symbols, "plugins.outcomes.symbols")
+        #: By symbol: a pip, half a point, the spread where nobody has shown one.
+        self._figures: dict[str, tuple[float, float, float]] = {}
         self.books: dict[str, Book] = {}
         self.open: dict[str, Signal] = {}
         self.closed: dict[str, None] = {}
         self.totals = Totals()
         self._ring: dict[int, str] = {}
-        self._deadlines: list[tuple[float, int, Signal]] = []
+        self._deadlines: list[tuple[float, int, int, Signal]] = []
+        self._pushes = 0
         self._deadline = INF
         self._quiet = Bands(self.books, "symbol", "bid", "ask")
         self._dirty: dict[int, Signal] = {}
         self._new_closed: dict[int, str] = {}
         self._totals_changed = False
+        self._specified = False
         self._restore()
         self._quiet.until = self._deadline
 
@@ -92,6 +114,8 @@ class Tracker:
         if kind in ("fire_command", "trade_executed", "trade_confirmed"):
             self._mark_fired(event, data)
             return
+        if kind == "market_data.ohlcv":
+            self._bar(event, data)
         if event.timestamp >= self._deadline:
             self._expire(event)
         if kind == "market_data":
@@ -105,7 +129,11 @@ class Tracker:
         elif kind == "signal_expired":
             signal = self.open.get(_field(data, "signal_id"))
             if signal is not None:
-                self._end_by_time(signal, CANCELLED, event.timestamp, event)
+                self._cancel(signal, event)
+        elif kind == _SPECIFICATION:
+            self.symbols.specify(data)
+            self._figures.clear()
+            self._specified = True
 
     def _open(self, event: Any, data: Any) -> None:
         signal_id, symbol = _field(data, "signal_id"), _field(data, "symbol")
@@ -119,9 +147,7 @@ class Tracker:
             return
         expires = _field(data, "expires_at")
         time = event.timestamp
-        book = self.books.get(symbol)
-        if book is None:
-            book = self.books[symbol] = Book(symbol, time)
+        book = self._book(symbol, time)
         self.totals.opened += 1
         signal = Signal(
             order=self.totals.opened,
@@ -130,20 +156,28 @@ class Tracker:
             buy=direction == "BUY",
             pattern_type=_field(data, "pattern_type") or "",
             confidence=_field(data, "confidence"),
-            entry=_field(data, "entry"),
-            sl=_field(data, "sl"),
-            tp=_field(data, "tp"),
+            entry=_level(data, "entry"),
+            sl=_level(data, "sl"),
+            tp=_level(data, "tp"),
             opened_at=time,
             deadline=expires if isinstance(expires, (int, float)) else time + self.settings.max_age_s,
             start=book.seen,
+            # a bar that reaches into its life has come already
+            doubt=book.by_bars and book.covered is not None and book.covered.end > time,
         )
         self.open[signal_id] = signal
         self._dirty[signal.order] = signal
         book.open(signal)
-        heappush(self._deadlines, (signal.deadline, signal.order, signal))
-        self._deadline = self._deadlines[0][0]
-        if not _sound(signal):
-            self._end(signal, UNKNOWN, None, time, event, gap=False)
+        self._look_at(signal.deadline, signal)
+        if not signal.sound():
+            self._end(signal, End(UNKNOWN, None, time), event)
+
+    def _book(self, symbol: str, time: float) -> Book:
+        book = self.books.get(symbol)
+        if book is None:
+            book = self.books[symbol] = Book(symbol, time)
+            self._of(symbol)  # looked up now rather than on the quote that ends a signal
+        return book
 
     def _quote(self, book: Book, event: Any, bid: float, ask: float) -> None:
         if not 0 < bid <= ask < INF:
@@ -151,7 +185,10 @@ class Tracker:
             self._totals_changed = True
             return
         time = event.timestamp
-        gap = time - book.time > self.settings.max_gap_s
+        hole = time - book.known_until
+        if book.by_bars:
+            book.by_bars = False
+            self._settle(book, event)
         book.seen += 1
         book.time, book.last = time, Quote(bid, ask)
         book.widen(bid, ask)
@@ -164,18 +201,66 @@ class Tracker:
             price = bid if signal.buy else ask
             level = signal.tp if target else signal.sl
             exit_price = level if target and at_level else price
-            self._end(signal, self._verdict(signal, exit_price, target), exit_price, time, event, gap=gap)
+            self._end(
+                signal, End(self._verdict(signal, exit_price, target), exit_price, time, hole, level, "tick"), event
+            )
 
     def _enter(self, book: Book, event: Any, bid: float, ask: float) -> None:
         """Give the signals without an entry the entry side of their first quote."""
         pending, book.pending = book.pending, []
         for signal in pending:
-            if not signal.live:
-                continue
-            signal.entry = ask if signal.buy else bid
-            self._dirty[signal.order] = signal
-            if not _sound(signal):
-                self._end(signal, UNKNOWN, None, event.timestamp, event, gap=False)
+            if signal.live and signal.entry is None:
+                signal.entry = ask if signal.buy else bid
+                self._dirty[signal.order] = signal
+                if not signal.sound():
+                    self._end(signal, End(UNKNOWN, None, event.timestamp), event)
+
+    # -- bars -----------------------------------------------------------------------------------
+
+    def _bar(self, event: Any, data: Any) -> None:
+        totals, stamp = self.totals, event.timestamp
+        bar, symbol = read_bar(data, stamp), _field(data, "symbol")
+        if bar is None or not symbol:
+            totals.invalid_bars += 1
+            self._totals_changed = True
+            return
+        book = self._book(symbol, bar.start)
+        if self.settings.mode == "auto" and book.seen and book.time >= bar.start:
+            return  # quotes have decided, or will
+        self._totals_changed = True
+        if stamp != bar.start and stamp < bar.end - self.settings.clock_skew_s:
+            totals.unfinished_bars += 1
+        elif book.covered is not None and (reason := book.covered.refuses(bar)):
+            setattr(totals, reason, getattr(totals, reason) + 1)
+        else:
+            totals.bars += 1
+            spread = self._spread(book, bar)
+            hole = bar.start - book.known_until
+            for signal in list(book.members.values()):
+                if bar.end > signal.opened_at:
+                    self._walk(signal, bar, spread, hole, event)
+            book.take_bar(bar, spread)
+
+    def _spread(self, book: Book, bar: Bar) -> float:
+        """The spread of `bar`: its own, else the last one known, else what is typical of the symbol."""
+        if bar.spread is not None:
+            return bar.spread
+        if book.by_bars and book.covered is not None:
+            return book.covered.spread
+        return float(book.last.ask - book.last.bid) if book.seen else self._of(book.symbol)[2]
+
+    def _walk(self, signal: Signal, bar: Bar, spread: float, hole: float, event: Any) -> None:
+        step = walk(signal, bar, spread)
+        self._dirty[signal.order] = signal
+        if step is None:
+            self._end(signal, End(UNKNOWN, None, max(bar.start, signal.opened_at)), event)
+        elif step.kind == "time":
+            self._end_by_time(signal, event, step.price)
+        elif step.kind:
+            target = step.kind == "target"
+            verdict = self._verdict(signal, step.price, target)
+            level = signal.tp if target else signal.sl
+            self._end(signal, End(verdict, step.price, step.at, hole, level, "bar"), event)
 
     def _mark_fired(self, event: Any, data: Any) -> None:
         if str(_field(data, "status") or "").upper() in _NOT_FIRED:
@@ -192,66 +277,70 @@ class Tracker:
 
     def _expire(self, event: Any) -> None:
         """End the signals whose deadline this event's time has reached, at their deadline."""
-        heap = self._deadlines
-        while heap and (heap[0][0] <= event.timestamp or not heap[0][2].live):
-            signal = heappop(heap)[2]
-            if signal.live:
-                self._end_by_time(signal, TIMEOUT, signal.deadline, event)
+        heap, now = self._deadlines, event.timestamp
+        while heap and (heap[0][0] <= now or not heap[0][3].live):
+            signal = heappop(heap)[3]
+            if not signal.live:
+                continue
+            due = signal.deadline + self.books[signal.symbol].patience(signal.deadline)
+            if due > now:
+                self._look_at(due, signal)
+            else:
+                self._end_by_time(signal, event)
         self._deadline = heap[0][0] if heap else INF
 
-    def _end_by_time(self, signal: Signal, outcome: str, at: float, event: Any) -> None:
-        """End without a level: at the last price seen, or without a price when none was."""
-        book = self.books[signal.symbol]
-        price = None
-        if book.seen > signal.start:
-            price = book.last.bid if signal.buy else book.last.ask
-        elif outcome == TIMEOUT:
-            outcome = UNKNOWN
-        self._end(signal, outcome, price, at, event, gap=at - book.time > self.settings.max_gap_s)
+    def _look_at(self, due: float, signal: Signal) -> None:
+        """Ask at `due` whether the deadline of `signal` ends it."""
+        self._pushes += 1
+        heappush(self._deadlines, (due, signal.order, self._pushes, signal))
+        self._deadline = self._deadlines[0][0]
+
+    def _settle(self, book: Book, event: Any) -> None:
+        """End the signals that waited for a bar, now that a quote from after their deadline has come first."""
+        for signal in list(book.members.values()):
+            if signal.deadline <= event.timestamp:
+                self._end_by_time(signal, event)
+
+    def _cancel(self, signal: Signal, event: Any) -> None:
+        """End a signal that was taken back; where bars decide, once they have told of the time before."""
+        if event.timestamp >= signal.deadline:
+            return  # it ran out before, and waits for its bar
+        signal.cancelled, signal.deadline = True, event.timestamp
+        wait = self.books[signal.symbol].patience(signal.deadline)
+        if not wait:
+            self._end_by_time(signal, event)
+            return
+        self._dirty[signal.order] = signal
+        self._look_at(signal.deadline + wait, signal)
+
+    def _end_by_time(self, signal: Signal, event: Any, price: float | None = None) -> None:
+        """End at the deadline without a level: at `price`, else at the last one seen, or without one."""
+        book, at = self.books[signal.symbol], signal.deadline
+        hole = at - book.known_until if price is None else 0.0
+        mode = "bar" if price is not None or book.by_bars else "tick"
+        if price is None and (book.seen > signal.start or signal.bars):
+            price = book.exit_price(signal.buy)
+        outcome = CANCELLED if signal.cancelled else TIMEOUT if price is not None else UNKNOWN
+        self._end(signal, End(outcome, price, at, hole, None, mode), event)
 
     def _verdict(self, signal: Signal, price: float | None, target: bool) -> str:
         if price is not None and signal.entry is not None:
-            result = price - signal.entry if signal.buy else signal.entry - price
-            if abs(result) < self.symbols[signal.symbol].point / 2:
+            risk = abs(signal.entry - signal.sl) if signal.sl is not None else 0.0
+            if abs(price - signal.entry) < max(self._of(signal.symbol)[1], self.settings.breakeven_r * risk):
                 return BREAKEVEN
         return WIN if target else LOSS
 
-    def _end(self, signal: Signal, outcome: str, price: float | None, at: float, event: Any, *, gap: bool) -> None:
+    def _of(self, name: str) -> tuple[float, float, float]:
+        found = self._figures.get(name)
+        if found is None:
+            symbol = self.symbols[name]
+            found = self._figures[name] = float(symbol.pip), float(symbol.point) / 2, float(symbol.typical_spread)
+        return found
+
+    def _end(self, signal: Signal, end: End, event: Any) -> None:
         book = self.books[signal.symbol]
-        symbol = self.symbols[signal.symbol]
-        entry, seen = signal.entry, book.seen - signal.start
-        r = pips = mfe = mae = None
-        if entry is not None and seen:
-            high, low = book.extremes(signal)
-            up, down = (high - entry, low - entry) if signal.buy else (entry - low, entry - high)
-            mfe, mae = round(max(up, 0.0), 10), round(min(down, 0.0), 10)
-            if price is not None:
-                result = price - entry if signal.buy else entry - price
-                pips = round(result / symbol.pip, 4)
-                risk = abs(entry - signal.sl) if signal.sl is not None else 0.0
-                r = round(result / risk, 6) if risk > 0 else None
-        closed_at = max(at, signal.opened_at)
-        data = {
-            "signal_id": signal.signal_id,
-            "symbol": signal.symbol,
-            "direction": "BUY" if signal.buy else "SELL",
-            "pattern_type": signal.pattern_type,
-            "confidence": signal.confidence,
-            "outcome": outcome,
-            "exit_price": price,
-            "r": r,
-            "risk_reward": _planned(signal),
-            "pips": pips,
-            "mfe": mfe,
-            "mae": mae,
-            "opened_at": signal.opened_at,
-            "closed_at": closed_at,
-            "duration_s": closed_at - signal.opened_at,
-            "ambiguous": at < signal.opened_at,
-            "gap_before_exit": gap,
-            "quotes_seen": seen,
-            "fired": signal.fired,
-        }
+        quotes = book.seen - signal.start
+        data = record(signal, end, book.extremes(signal), quotes, self._of(signal.symbol)[0], self.settings.max_gap_s)
         self.context.emit(
             "signal_outcome", data, cause=event, timestamp=event.timestamp, correlation_id=signal.signal_id
         )
@@ -266,14 +355,13 @@ class Tracker:
         self._ring[slot] = self._new_closed[slot] = signal.signal_id
         self.closed[signal.signal_id] = None
         self.totals.closed += 1
-        patterns = self.totals.patterns
-        pattern = signal.pattern_type
-        if pattern not in patterns and len(patterns) >= _MAX_PATTERNS:
-            pattern = "(other)"
-        patterns.setdefault(pattern, Tally()).add(data)
+        ended, outcome = self.totals.ended, data["outcome"]
+        ended[outcome] = ended.get(outcome, 0) + 1
+        self.totals.ambiguous += data["ambiguous"]
+        self.totals.gaps += data["gap_before_exit"]
         self._totals_changed = True
         if len(self._deadlines) > 2 * len(self.open) + 64:
-            self._deadlines = [each for each in self._deadlines if each[2].live]
+            self._deadlines = [each for each in self._deadlines if each[3].live]
             heapify(self._deadlines)
             self._deadline = self._deadlines[0][0] if self._deadlines else INF
 
@@ -298,6 +386,9 @@ class Tracker:
             state[f"c:{slot}"] = _encode((slot, signal_id))
         if self._totals_changed:
             state["t"] = _encode(self.totals)
+        if self._specified:
+            state["y"] = _encode(self.symbols.specifications())
+            self._specified = False
         self._dirty.clear()
         self._new_closed.clear()
         self._totals_changed = False
@@ -308,6 +399,8 @@ class Tracker:
         for key in list(state):
             if key == "t":
                 self.totals = _decode_totals(state[key])
+            elif key == "y":
+                self.symbols.restore(_decode_specifications(state[key]))
             elif key.startswith("b:"):
                 book = self.books[key[2:]] = Book(key[2:], 0.0)
                 stacks = state.get(f"s:{key[2:]}")
@@ -321,47 +414,32 @@ class Tracker:
         for signal in sorted(signals, key=lambda each: each.order):
             self.open[signal.signal_id] = signal
             self.books[signal.symbol].track(signal)
-            self._deadlines.append((signal.deadline, signal.order, signal))
-        heapify(self._deadlines)
-        self._deadline = self._deadlines[0][0] if self._deadlines else INF
+            self._look_at(signal.deadline, signal)
 
     # -- figures --------------------------------------------------------------------------------
 
-    def pattern_table(self) -> list[dict[str, Any]]:
-        """One row per pattern over everything followed so far, open signals included."""
-        tallies = {name: msgspec.structs.replace(tally) for name, tally in self.totals.patterns.items()}
-        for signal in self.open.values():
-            tallies.setdefault(signal.pattern_type, Tally()).add({"outcome": None, "fired": signal.fired})
-        return table(tallies)
-
     def metrics(self) -> dict[str, int | float | str]:
-        """Counters over everything followed so far."""
-        tallies = self.totals.patterns.values()
+        """Counters over everything followed so far; every signal is open or in exactly one of the ends."""
+        totals, ended = self.totals, self.totals.ended
         return {
             "open": len(self.open),
-            "opened": self.totals.opened,
-            "resolved": sum(each.wins + each.losses + each.breakevens for each in tallies),
-            "wins": sum(each.wins for each in tallies),
-            "losses": sum(each.losses for each in tallies),
-            "timeouts": sum(each.timeouts for each in tallies),
-            "cancelled": sum(each.cancelled for each in tallies),
-            "unknown": sum(each.unknown for each in tallies),
-            "duplicates": self.totals.duplicates,
-            "invalid": self.totals.invalid,
-            "crossed_quotes": self.totals.crossed,
+            "opened": totals.opened,
+            "resolved": sum(ended.get(outcome, 0) for outcome in (WIN, LOSS, BREAKEVEN)),
+            "wins": ended.get(WIN, 0),
+            "losses": ended.get(LOSS, 0),
+            "breakevens": ended.get(BREAKEVEN, 0),
+            "timeouts": ended.get(TIMEOUT, 0),
+            "cancelled": ended.get(CANCELLED, 0),
+            "unknown": ended.get(UNKNOWN, 0),
+            "ambiguous": totals.ambiguous,
+            "after_gaps": totals.gaps,
+            "duplicates": totals.duplicates,
+            "invalid": totals.invalid,
+            "crossed_quotes": totals.crossed,
+            "bars": totals.bars,
+            "repeated_bars": totals.repeated_bars,
+            "late_bars": totals.late_bars,
+            "coarser_bars": totals.coarser_bars,
+            "unfinished_bars": totals.unfinished_bars,
+            "invalid_bars": totals.invalid_bars,
         }
-
-
-def _sound(signal: Signal) -> bool:
-    """Whether stop, entry and target lie in the order the direction asks for, as far as they are known."""
-    prices = [price for price in (signal.sl, signal.entry, signal.tp) if price is not None]
-    in_order = prices if signal.buy else prices[::-1]
-    return all(a <= b for a, b in pairwise(in_order)) and not (signal.sl is not None and signal.sl == signal.tp)
-
-
-def _planned(signal: Signal) -> float | None:
-    """What the target pays in multiples of the stop distance; None where a price is missing or nothing is at risk."""
-    entry, sl, tp = signal.entry, signal.sl, signal.tp
-    if entry is None or not sl or not tp or entry == sl:
-        return None
-    return round(abs(tp - entry) / abs(entry - sl), 6)

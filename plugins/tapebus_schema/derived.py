@@ -35,7 +35,9 @@ class SignalOutcome(Struct, frozen=True, gc=False, omit_defaults=True, kw_only=T
     """How a signal ended, all times in event time.
 
     ``r`` is the result in multiples of the stop distance; ``mfe`` and ``mae`` are the greatest moves
-    for and against the signal, as price differences from its entry. ``risk_reward`` is planned gain over risk.
+    for and against the signal, as price differences from its entry. ``risk_reward`` is planned gain over risk,
+    ``slippage`` exit price less level, ``gap_ms`` how long no price was known before the exit, ``mode`` whether quotes
+    or bars decided, and ``bars_seen`` how many bars the signal has lived through.
     ``origin`` names file and line of an outcome that was imported; such a one may know neither quotes nor prices.
     """
 
@@ -61,6 +63,15 @@ class SignalOutcome(Struct, frozen=True, gc=False, omit_defaults=True, kw_only=T
     sl: Level | None = None
     tp: Level | None = None
     risk_reward: Positive | None = None
+    risk: Positive | None = None
+    slippage: Number | None = None
+    mfe_r: Number | None = None
+    mae_r: Number | None = None
+    mfe_pips: Number | None = None
+    mae_pips: Number | None = None
+    gap_ms: Positive | None = None
+    mode: Literal["tick", "bar"] | None = None
+    bars_seen: Count | None = None
     session: Code | None = None
     origin: Text | None = None
 
