@@ -28,6 +28,15 @@ _STATE = "quiet/"
 _ENDS = ("WIN", "LOSS", "BREAKEVEN", "TIMEOUT", "CANCELLED", "UNKNOWN", "OPEN")
 
 
+class HeldLine(msgspec.Struct, array_like=True):
+    """One message that is held: when it came (Unix seconds), its line, what it repeats, and how often it came."""
+
+    at: float
+    text: str
+    group: str = ""
+    repeats: int = 1
+
+
 class Held(msgspec.Struct, omit_defaults=True):
     """What one chat has not been told yet, and when it was sent its last messages (Unix seconds).
 
@@ -40,7 +49,7 @@ class Held(msgspec.Struct, omit_defaults=True):
     last_seq: int = 0
     count: int = 0
     tally: dict[str, float] = {}
-    lines: list[tuple[float, str]] = []
+    lines: list[HeldLine] = []
     sent: list[float] = []
 
     def add(self, message: Message, bus_seq: int, now: float, quiet: bool) -> None:
@@ -51,8 +60,11 @@ class Held(msgspec.Struct, omit_defaults=True):
         self.last_seq = max(self.last_seq, bus_seq)
         for word, amount in message.tally.items():
             self.tally[word] = self.tally.get(word, 0) + amount
-        if len(self.lines) < LISTED:
-            self.lines.append((now, message.line))
+        same = next((each for each in self.lines if message.group and each.group == message.group), None)
+        if same is not None:
+            same.text, same.repeats = message.line, same.repeats + 1
+        elif len(self.lines) < LISTED:
+            self.lines.append(HeldLine(now, message.line, message.group))
 
     def clear(self) -> None:
         self.number += 1
@@ -71,7 +83,8 @@ class Digest(msgspec.Struct, frozen=True):
 
 
 class Policy:
-    """Decides for all chats; used on the consumer's thread, `held` may be read by others. `clock` is Unix seconds.
+    """Decides for all chats. Two threads use it, one at a time: hold the outbox's lock around every call; `held` may
+    be read freely. `clock` is Unix seconds.
 
     The hours are those of the wall clock, not of the events: it is a person who sleeps.
     """
@@ -122,10 +135,13 @@ class Policy:
             return "held"
         return "silent" if mode == "silent" else "send"
 
-    def may_send(self, chat: int | str) -> bool:
-        """Whether one more message may leave for `chat` now."""
+    def wait(self, chat: int | str) -> float:
+        """Seconds until one more message may leave for `chat`."""
         known = self._known.get(chat)
-        return known is None or self._room(known, self._held[chat], self._clock(), 0)
+        now = self._clock()
+        if known is None or self._room(known, self._held[chat], now, 0):
+            return 0.0
+        return max(0.0, min(at for at in self._held[chat].sent if 0 <= now - at < MINUTE_S) + MINUTE_S - now)
 
     def sent(self, chat: int | str) -> None:
         """Note that a message left for `chat`."""
@@ -190,12 +206,13 @@ def _digest(held: Held, zone: tzinfo) -> list[Line]:
     lines: list[Line] = [[("🌙 " if held.quiet else "📥 ", ""), (head, "b")]]
     room = MAX_UNITS - ROOM - units(head) - 60
     shown = 0
-    for at, text in held.lines:
+    for each in held.lines:
+        text = each.text if each.repeats == 1 else f"{each.text} (×{each.repeats})"
         room -= units(text) + 7
         if room < 0:
             break
-        lines.append([(f"{datetime.fromtimestamp(at, zone):%H:%M} ", "code"), (text, "")])
-        shown += 1
+        lines.append([(f"{datetime.fromtimestamp(each.at, zone):%H:%M} ", "code"), (text, "")])
+        shown += each.repeats
     if held.count > shown:
         lines.append([(f"… and {held.count - shown} more, counted above", "i")])
     return lines

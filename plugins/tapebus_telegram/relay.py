@@ -201,7 +201,7 @@ class Relay:
         return next((e for e in self.outbox.ordered() if self._may_leave(e, now)), None)
 
     def _may_leave(self, entry: Entry, now: float) -> bool:
-        if not entry.edits and not self.policy.may_send(entry.chat):
+        if not entry.edits and self.policy.wait(entry.chat):
             return False
         return self._limits.ready_at(self._target(entry.chat)) <= now
 

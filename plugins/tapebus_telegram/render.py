@@ -60,8 +60,9 @@ class Renderer:
         built = build(_View(event, self._symbols, self._mask))
         html, plain = compose(built.lines)
         group = f"{event.event_type}:{built.group}"[:300] if built.group else ""
-        line = one_line(" · ".join("".join(text for text, _ in line) for line in built.lines[:2]), LINE_UNITS)
-        return Message(html, plain, built.priority, group, line.removesuffix(" ·"), built.tally)
+        texts = ["".join(text for text, _ in line) for line in built.lines]
+        line = one_line(" · ".join([text for text in texts if text][:2]), LINE_UNITS)
+        return Message(html, plain, built.priority, group, line, built.tally)
 
 
 class _View:
