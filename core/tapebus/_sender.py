@@ -109,6 +109,8 @@ class Sender:
         self.outbox, self.source, self.endpoint = outbox, source, endpoint
         self.producer_id, self.epoch = ident
         self.spool, self.orphans = spool, list(orphans)
+        #: Something of a predecessor is not on the bus's disk yet.
+        self.inherits = bool(self.orphans)
         self.syncer = Syncer(spool, sync_s)
         self.forgotten = 0
         self.rejected: dict[str, int] = {}
@@ -149,7 +151,7 @@ class Sender:
             self.wake()
             try:
                 return self.progress.wait_for(
-                    lambda: self.outbox.first_pending + self.outbox.renumbered >= seq, timeout
+                    lambda: self.outbox.first_pending + self.outbox.renumbered >= seq and not self.inherits, timeout
                 )
             finally:
                 self.line.flushing -= 1
@@ -195,6 +197,9 @@ class Sender:
             while not (ahead.ended or self.stopping):
                 self._rest(_PING_S)
             ahead.stop()
+        with self.progress:
+            self.inherits = self.stopping and self.inherits
+            self.progress.notify_all()
         while not self.stopping:
             try:
                 self._open()

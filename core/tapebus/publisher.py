@@ -207,8 +207,12 @@ class Publisher(Emitter):
         return self._keys is None and is_loopback(self.endpoint)
 
     def flush(self, timeout: float = 5.0) -> bool:
-        """Wait at most `timeout` seconds; ``True`` when everything published before the call is on disk."""
-        if self.outbox.first_pending >= self.outbox.next_seq:
+        """Wait at most `timeout` seconds; ``True`` when everything published before the call is on disk.
+
+        What a predecessor left in its spool counts as published before the call.
+        """
+        inherits = bool(self._orphans) and (self._sender is None or self._sender.inherits)
+        if self.outbox.first_pending >= self.outbox.next_seq and not inherits:
             return True
         target = self.outbox.next_seq + self.outbox.renumbered
         if self._sender is None:

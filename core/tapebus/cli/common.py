@@ -119,7 +119,7 @@ def open_tape(config: Config) -> Tape:
     return Tape.open(config.data_dir, plugins=[*chosen, *others])
 
 
-def publisher(config: Config, source: str, endpoint: str | None, key: str | None = None) -> Publisher:
+def publisher(config: Config, source: str, endpoint: str | None, key: str | None = None, **options: Any) -> Publisher:
     """A publisher for the bus of `config`, found at `endpoint` where one is given; `key` is a secret key file."""
     import os
 
@@ -133,7 +133,7 @@ def publisher(config: Config, source: str, endpoint: str | None, key: str | None
         raise UsageError("--source: a name of 1 to 100 characters is needed")
     # where rights are restricted, the owner is known by the ipc socket only
     own = config.own_endpoint if config.security.identities else config.acked_endpoints[0]
-    return Publisher(source, endpoint=endpoint or found or own, key=key)
+    return Publisher(source, endpoint=endpoint or found or own, key=key, **options)
 
 
 def _check_endpoint(name: str, endpoint: str, error: type[TapebusError]) -> None:
