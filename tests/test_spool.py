@@ -212,6 +212,21 @@ def test_the_next_publisher_of_the_source_sends_first_what_a_killed_one_left(bus
     assert list(spool_dir.iterdir()) == []
 
 
+def test_a_flush_without_events_of_its_own_waits_for_what_a_predecessor_left(bus, spool_dir):
+    absent = bus.endpoint
+    bus.kill()
+    killed(absent, spool_dir, 0, 1000)
+    with Publisher("guard", absent, spool="crash", spool_dir=spool_dir) as pub:
+        assert not pub.flush(0.05)
+        again = Bus(absent)
+        try:
+            assert pub.flush(PATIENCE_S)
+            assert sum(len(events) for events in again.events.values()) == 1000
+            assert pub.flush(0.0)
+        finally:
+            again.kill()
+
+
 def test_a_publisher_that_ends_leaves_the_rest_in_its_spool_and_says_so(bus, spool_dir):
     with Publisher("guard", "tcp://127.0.0.1:1", spool="crash", spool_dir=spool_dir) as pub:
         assert pub.publish("t", {"i": 1})

@@ -53,11 +53,12 @@ class Renderer:
         self._mask = mask_numbers
 
     def message(self, event: Any) -> Message | None:
-        """The message for `event`, or None for a type that has none."""
+        """The message for `event`, or None for a type that has none and for what was imported: it is long over."""
         build = _BUILDERS.get(event.event_type)
-        if build is None:
+        view = _View(event, self._symbols, self._mask)
+        if build is None or (event.event_type == "signal_outcome" and view.get("origin")):
             return None
-        built = build(_View(event, self._symbols, self._mask))
+        built = build(view)
         html, plain = compose(built.lines)
         group = f"{event.event_type}:{built.group}"[:300] if built.group else ""
         texts = ["".join(text for text, _ in line) for line in built.lines]
