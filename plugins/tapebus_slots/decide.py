@@ -17,7 +17,8 @@ from tapebus_slots import config as configuration
 from tapebus_slots.gate import Account, Signal, SlotView, Verdict, evaluate
 from tapebus_slots.payload import direction, get
 from tapebus_slots.sizing import Quote
-from tapebus_slots.table import AccountView, Change, Slot, SlotTable
+from tapebus_slots.slot import AccountView, Change, Slot
+from tapebus_slots.table import SlotTable
 
 _SWITCH = "kill_switch"
 

@@ -9,41 +9,15 @@ import msgspec
 
 from tapebus.consumer import Context
 from tapebus_slots import config as configuration
+from tapebus_slots import durable
+from tapebus_slots.answers import POSITION_CLOSED, read
 from tapebus_slots.decide import Decider
 from tapebus_slots.matching import Position
 from tapebus_slots.payload import direction, get
 from tapebus_slots.sizing import Quote
-from tapebus_slots.table import Change, Slot, SlotTable, Snapshot
+from tapebus_slots.slot import Change, Close, Slot, Snapshot
+from tapebus_slots.table import SlotTable
 
-SUCCESS = frozenset({"success", "filled", "ok", "done", "executed", "open", "opened", "partially_filled"})
-REFUSED = frozenset(
-    [
-        "failed",
-        "rejected",
-        "reject",
-        "insufficient_margin",
-        "invalid_stops",
-        "invalid_volume",
-        "invalid_price",
-        "hedge_blocked",
-        "max_positions",
-        "no_money",
-        "market_closed",
-        "trade_disabled",
-        "cancelled",
-        "canceled",
-    ]
-)
-#: Outcomes nobody knows until the next snapshot.
-DOUBTFUL = frozenset({"timeout", "unknown", "disconnected", "error"})
-#: MT5 return codes that decide where the status is silent, or contradicts it (a timeout may have filled).
-RETCODES = {
-    **dict.fromkeys((10008, 10009, 10010, 10025), "done"),
-    **dict.fromkeys((10011, 10012, -11), "timeout"),
-    **dict.fromkeys((10006, 10007, 10013, 10014, 10015, 10016, 10017, 10018, 10019, 10022, 10026, 10027), "rejected"),
-    **dict.fromkeys((10029, 10030, *range(10032, 10036), 10040, *range(10042, 10047)), "rejected"),
-}
-_TABLE = "table:"
 #: A tick this much later than the last event means a replay: event time decides, not the wall clock.
 _REPLAY_LAG_S = 86_400.0
 
@@ -56,14 +30,19 @@ class Engine:
         self.decider = Decider(context)
         self.config = self.decider.config
         self.quotes: dict[str, Quote] = {}
-        self.tables: dict[str, SlotTable] = {}
+        self.tables = durable.load(context.state)
         self.users: dict[str, str] = dict(self.config.accounts)
-        self.clock = 0.0
-        self._saved: dict[str, bytes] = {}
+        #: The time of the last event; after a restart the latest one the tables know of.
+        self.clock = durable.last_time(self.tables.values())
+        self._keeper = durable.Keeper(context.state)
         self._touched = False
         self._quote_class: type[Any] | None = None
         self._new_quotes: dict[str, Any] = {}
-        self._load()
+        known = context.state.get("users")
+        if known:
+            self.users = msgspec.msgpack.decode(known, type=dict[str, str]) | self.users
+        for user, table in self.tables.items():
+            table.maximum = self.config_of(user).max_slots
         self._handlers: dict[str, Callable[[Any], None]] = {
             "signal_generated": self.on_signal,
             "fire_command": self.on_fire,
@@ -115,16 +94,17 @@ class Engine:
         for user in self.decider.users(self.user(event), bool(named)):
             table = self.table(user)
             target = next((uuid for uuid, owner in self.users.items() if owner == user), None)
-            self._publish(table, self.decider.on_signal(event, table, self.quotes, target), event)
+            changes = self.decider.on_signal(event, table, self.quotes, target)
+            if changes:
+                self._publish(table, changes, event)
 
     def on_fire(self, event: Any) -> None:
         data = event.data
         status = (get(data, "status") or "queued").lower()
-        held = self._holder(data)
-        table = held or self.table(self.user(event))
+        table = self._holder(data) or self.table(self.user(event))
         self._bind(get(data, "target_uuid"), table)
-        if status.startswith("closed") or status in REFUSED or status in DOUBTFUL:
-            self._answer(table, event, status)
+        if read(status, None) not in ("pending", "filled", "already"):
+            self._answer(table, event)
             return
         auto = (get(data, "execution_mode") or "").upper() == "AUTO"
         if not (auto or self.config_of(table.user_id).track_manual) or not data.fire_id:
@@ -139,38 +119,44 @@ class Engine:
             get(data, "signal_id"),
             lots=get(data, "lot", "lots", "volume"),
         )
-        self._publish(table, [table.reserve(slot)], event)
+        self._publish(table, [table.reserve(slot, event.bus_seq, status)], event)
 
     def on_executed(self, event: Any) -> None:
         data = event.data
         table = self._holder(data) or self.table(self.user(event))
-        uuid = get(data, "target_uuid")
-        self._bind(uuid, table)
+        self._bind(get(data, "target_uuid"), table)
         balance = get(data, "balance")
         if balance is not None:
-            self._balance(table, uuid, balance, get(data, "equity"))
-        self._answer(table, event, _status(data))
+            self._balance(table, balance, event)
+        self._answer(table, event)
 
-    def _answer(self, table: SlotTable, event: Any, status: str) -> None:
+    def _answer(self, table: SlotTable, event: Any) -> None:
         """What an answer to a fire says about its slot; FILLED opens it, only CLOSED and refusals free it."""
-        data, at = event.data, event.timestamp
-        ticket = get(data, "ticket") or None
+        data, at, seq = event.data, event.timestamp, event.bus_seq
+        ticket, retcode = get(data, "ticket") or None, get(data, "retcode")
         slot = table.find(get(data, "fire_id"), ticket, get(data, "position_id"))
-        evidence = f"status:{status}@{event.bus_seq}"
+        answer = read(get(data, "status"), retcode)
+        says = str(get(data, "status") or f"retcode {retcode}").lower()
         changes: list[Change | None] = []
-        if status in SUCCESS:
-            changes += table.opened(self._opened_slot(event, ticket))
-        elif status.startswith("closed") and "partial" not in status:
-            changes.append(table.release(slot, status, (evidence,), at))
-        elif status in REFUSED and slot is not None:
-            if ticket is None and slot.ticket is None:
-                changes.append(table.release(slot, "rejected", (evidence,), at))
-            elif slot.state in ("RESERVED", "UNKNOWN"):
-                # Refused, yet with a ticket: there may be a position (levels not set, for example).
-                slot.ticket = ticket
-                table.doubt(slot, evidence, at)
-        elif status in DOUBTFUL and slot is not None and slot.state == "RESERVED":
-            table.doubt(slot, evidence, at)
+        if answer == "filled":
+            changes += table.opened(self._opened_slot(event, ticket), seq, says)
+        elif slot is None:
+            pass  # of a fire that takes no slot, or is over
+        elif answer == "closed":
+            grace = self.config_of(table.user_id).snapshot_grace_s
+            changes.append(table.gone(slot, says, says, (f"status:{says}@{seq}",), at, seq, grace))
+        elif answer == "refused":
+            changes.append(table.refused(slot, ticket, says, at, seq))
+        elif answer == "already" and retcode == POSITION_CLOSED:
+            slot.heard("gone", "the broker says already closed", at, "strong", seq, after=True)
+            table.ask(f"already_closed:{slot.key}")
+        elif slot.state == "RESERVED" and answer == "unknown":
+            slot.ticket = slot.ticket or ticket
+            table.doubt(slot, says, at, seq)
+        elif slot.state == "RESERVED" and answer in ("retry", "pending"):
+            # Whoever sent it may send it again: it has the time of an answer once more.
+            slot.since = at if answer == "retry" else slot.since
+            slot.heard("held", says, at, "weak", seq, after=True)
         self._publish(table, changes, event)
 
     def _opened_slot(self, event: Any, ticket: int | None) -> Slot:
@@ -196,8 +182,8 @@ class Engine:
         data = event.data
         table = self._holder(data) or self.table(self.user(event))
         slot = table.find(get(data, "fire_id"), get(data, "ticket"), get(data, "position_id"))
-        evidence = f"position_closed@{event.bus_seq}"
-        self._publish(table, [table.closed(slot, get(data, "volume"), evidence, event.timestamp)], event)
+        grace = self.config_of(table.user_id).snapshot_grace_s
+        self._publish(table, [table.closed(slot, _close(event), grace)], event)
 
     def on_heartbeat(self, event: Any) -> None:
         data = event.data
@@ -210,18 +196,21 @@ class Engine:
             event.timestamp,
             get(data, "open_positions"),
             None if positions is None else tuple(_position(each) for each in positions),
-            f"snapshot@{event.bus_seq}",
+            event.bus_seq,
+            str(get(data, "broker_time", "timestamp") or ""),
         )
+        if get(data, "balance") is not None:  # first: a complete list answers what the balance asks
+            self._balance(table, data.balance, event)
         changes = table.snapshot(snapshot, self.clock, config.heartbeat_max_age_s, config.snapshot_grace_s)
-        if get(data, "balance") is not None:
-            self._balance(table, account, data.balance, get(data, "equity"))
+        view = table.accounts[account]
+        view.number = get(data, "account_number") or view.number
         self._publish(table, changes, event)
 
     def on_balance(self, event: Any) -> None:
         balance = get(event.data, "balance", "new_balance")
         if balance is not None:
             table = self.table(self.user(event))
-            self._balance(table, get(event.data, "target_uuid"), balance, get(event.data, "equity"))
+            self._balance(table, balance, event)
             self._publish(table, [], event)
 
     def on_tick(self, now: float) -> None:
@@ -274,9 +263,16 @@ class Engine:
             for key in [key for key, slot in other.slots.items() if slot.account == uuid]:
                 table.slots.setdefault(key, other.slots.pop(key))
 
-    def _balance(self, table: SlotTable, account: str | None, balance: float, equity: float | None) -> None:
-        name = account or next(iter(table.accounts), "")
-        table.balance(name, balance, equity, self.config_of(table.user_id).balance_jump)
+    def _balance(self, table: SlotTable, balance: float, event: Any) -> None:
+        """New figures of one account; of which, cannot be told where a user has several and it names none."""
+        data, names = event.data, list(table.accounts)
+        number = get(data, "account_number")
+        name = get(data, "target_uuid") or next((each for each in names if table.accounts[each].number == number), None)
+        if name is None and len(names) <= 1:
+            name = names[0] if names else ""
+        if name is not None:
+            jump = self.config_of(table.user_id).balance_jump
+            table.balance(name, balance, get(data, "equity"), jump, event.timestamp, event.bus_seq)
 
     # -- output ---------------------------------------------------------------------------------
 
@@ -289,6 +285,7 @@ class Engine:
                 self.context.emit(
                     f"slot_{change.kind}", _payload(table, change), cause=cause, timestamp=now, user_id=table.user_id
                 )
+        self._disputes(table, cause, now)
         over = table.used > table.maximum
         if over != table.over_limit:
             table.over_limit = over
@@ -304,6 +301,21 @@ class Engine:
             data |= {"slots_used": table.used, "slots_max": table.maximum}
             self.context.emit("reconcile_requested", data, cause=cause, timestamp=now, user_id=table.user_id)
         table.asked = table.reconcile
+
+    def _disputes(self, table: SlotTable, cause: Any, now: float | None) -> None:
+        """Witnesses that contradict each other are shown to a person before anything is released."""
+        found = table.disputes()
+        new = [key for key in found if key not in table.disputed]
+        name = f"slots_disagree:{table.user_id}"
+        if new:
+            text = "; ".join(f"slot {key}: {found[key]}" for key in new)[:1500]
+            self._alert(name, True, "warning", f"user {table.user_id}, nothing released: {text}", cause, now)
+            for key in new:
+                table.ask(f"disagreement:{key}")
+        elif table.disputed and not found:
+            text = f"user {table.user_id}: the witnesses of every slot agree again"
+            self._alert(name, False, "info", text, cause, now)
+        table.disputed = list(found)
 
     def _alert(
         self, name: str, raised: bool, severity: str, message: str, cause: Any, now: float | None = None
@@ -324,37 +336,14 @@ class Engine:
     # -- durability -----------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write the tables that changed; they commit with the cursor and with what was emitted."""
+        """Write what changed; it commits with the cursor and with what was emitted."""
         if not self._touched:
             return  # only quotes came, and those are not kept
         self._touched = False
         self.decider.save()
-        for user, table in self.tables.items():
-            packed = msgspec.msgpack.encode(table)
-            if self._saved.get(user) != packed:
-                self._saved[user] = packed
-                self.context.state[_TABLE + user] = packed
-        users = msgspec.msgpack.encode(self.users)
-        if self._saved.get("") != users:
-            self._saved[""] = users
-            self.context.state["users"] = users
-
-    def _load(self) -> None:
-        for key in list(self.context.state):
-            if key.startswith(_TABLE):
-                table = msgspec.msgpack.decode(self.context.state[key], type=SlotTable)
-                table.maximum = self.config_of(table.user_id).max_slots
-                self.tables[table.user_id] = table
-        known = self.context.state.get("users")
-        if known:
-            self.users = msgspec.msgpack.decode(known, type=dict[str, str]) | self.users
-
-
-def _status(data: Any) -> str:
-    """The status of an answer in lower case; a return code decides where there is none or the outcome is open."""
-    status = str(get(data, "status") or "").lower()
-    by_code = RETCODES.get(get(data, "retcode") or 0, "")
-    return by_code if by_code and (not status or (status in REFUSED and by_code == "timeout")) else status
+        for table in self.tables.values():
+            self._keeper.save(table)
+        self._keeper.put("users", msgspec.msgpack.encode(self.users))
 
 
 def _position(each: Any) -> Position:
@@ -363,12 +352,22 @@ def _position(each: Any) -> Position:
         symbol=get(each, "symbol") or "",
         direction=direction(each),
         position_id=get(each, "position_id"),
-        fire_id=get(each, "fire_id"),
+        # a position opened by hand comes with an empty one
+        fire_id=get(each, "fire_id") or None,
         open_price=get(each, "open_price"),
         volume=get(each, "volume"),
         magic=get(each, "magic"),
-        open_time=get(each, "open_time"),
+        open_time=get(each, "open_time", "broker_time"),
+        comment=get(each, "comment") or "",
     )
+
+
+def _close(event: Any) -> Close:
+    data = event.data
+    lots, reason = get(data, "volume", "lot", "lots"), get(data, "reason") or ""
+    fields = ("ticket", "position_id", "close_price", "profit", "timestamp", "broker_time")
+    mark = ":".join(str(each) for each in (lots, reason, *(get(data, name) for name in fields)))
+    return Close(lots, event.timestamp, event.bus_seq, f"closed {lots} {reason}".rstrip(), mark)
 
 
 def _payload(table: SlotTable, change: Change) -> dict[str, Any]:

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 from msgspec import Struct
 
 if TYPE_CHECKING:
-    from tapebus_slots.table import Slot
+    from tapebus_slots.slot import Slot
 
-_PRICE_EPSILON = 1e-9
+_EPSILON = 1e-9
+#: A comment of this many characters may be the begin of a fire id (terminals cut at 26 to 31).
+_CUT = 20
 
 
 class Position(Struct, frozen=True):
@@ -28,13 +30,15 @@ class Position(Struct, frozen=True):
     volume: float | None = None
     magic: int | None = None
     open_time: float | str | None = None
+    comment: str = ""
 
 
 def match(slots: Sequence[Slot], positions: Sequence[Position]) -> tuple[list[tuple[Slot, Position]], list[Position]]:
     """Pairs of slot and position, at most one each, and the positions no slot claims.
 
-    Tried in the order of trust, each over all that is left: position id, fire id, ticket, the opening
-    (magic, symbol, price, time), and last an unanswered fire of the same symbol and direction.
+    Tried in the order of trust, each over all that is left: position id, fire id (also in the comment), ticket,
+    the opening (magic, symbol, price, time), a comment cut short, and last an unanswered fire of the same symbol
+    and direction.
     """
     pairs: list[tuple[Slot, Position]] = []
     slots, positions = list(slots), list(positions)
@@ -53,34 +57,45 @@ def _same_position(slot: Slot, position: Position) -> bool:
 
 
 def _same_fire(slot: Slot, position: Position) -> bool:
-    return position.fire_id is not None and slot.fire_id == position.fire_id
+    return slot.fire_id is not None and (slot.fire_id == position.fire_id or slot.fire_id in position.comment.split())
 
 
 def _same_ticket(slot: Slot, position: Position) -> bool:
-    return position.ticket is not None and slot.ticket == position.ticket
+    if slot.ticket is None or _contradicts(slot, position):
+        return False
+    # MetaTrader 4 notes in the comment of what a partial close leaves which ticket it was
+    return slot.ticket == position.ticket or position.comment == f"from #{slot.ticket}"
 
 
 def _same_opening(slot: Slot, position: Position) -> bool:
     if slot.open_price is None or position.open_price is None or _contradicts(slot, position):
         return False
-    if (slot.symbol, slot.direction) != (position.symbol, position.direction):
+    if slot.open_time is not None and position.open_time is not None and slot.open_time != position.open_time:
         return False
-    for mine, theirs in ((slot.magic, position.magic), (slot.open_time, position.open_time)):
-        if mine is not None and theirs is not None and mine != theirs:
-            return False
-    if slot.lots is not None and position.volume is not None and position.volume > slot.lots + _PRICE_EPSILON:
+    if not _may_be(slot, position):
         return False
-    return abs(slot.open_price - position.open_price) <= _PRICE_EPSILON * max(1.0, abs(slot.open_price))
+    return abs(slot.open_price - position.open_price) <= _EPSILON * max(1.0, abs(slot.open_price))
+
+
+def _cut_comment(slot: Slot, position: Position) -> bool:
+    """Terminals cut comments short, so the begin of a long fire id has to do."""
+    begins = len(position.comment) >= _CUT and slot.fire_id is not None and slot.fire_id.startswith(position.comment)
+    return begins and slot.ticket is None and not _contradicts(slot, position) and _may_be(slot, position)
 
 
 def _answers(slot: Slot, position: Position) -> bool:
     """A fire whose confirmation was lost: the position that appeared for it has no name yet."""
-    return (
-        slot.ticket is None
-        and slot.state in ("RESERVED", "UNKNOWN")
-        and not _contradicts(slot, position)
-        and (slot.symbol, slot.direction) == (position.symbol, position.direction)
-    )
+    unnamed = slot.ticket is None and slot.state in ("RESERVED", "UNKNOWN")
+    return unnamed and not _contradicts(slot, position) and _may_be(slot, position)
+
+
+def _may_be(slot: Slot, position: Position) -> bool:
+    """Same symbol and direction, no other magic number, and not more lots than the slot has."""
+    if (slot.symbol, slot.direction) != (position.symbol, position.direction):
+        return False
+    if slot.magic is not None and position.magic is not None and slot.magic != position.magic:
+        return False
+    return slot.lots is None or position.volume is None or position.volume <= slot.lots + _EPSILON
 
 
 def _contradicts(slot: Slot, position: Position) -> bool:
@@ -95,5 +110,6 @@ _TESTS: tuple[Callable[[Slot, Position], bool], ...] = (
     _same_fire,
     _same_ticket,
     _same_opening,
+    _cut_comment,
     _answers,
 )

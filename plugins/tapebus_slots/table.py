@@ -1,7 +1,7 @@
 """The slot table of one user: which trading positions are held, and what may release them.
 
 Only strong evidence (a close, a refusal) or two consecutive complete snapshots release a slot.
-Weak evidence (a balance jump, age, a smaller count, silence) is noted as a witness and nothing more:
+Weak evidence (a balance move, age, a smaller count, silence) asks for a reconciliation and nothing more:
 a lost slot lets the gate open one position too many, a slot held too long only skips a signal.
 
 No clock and no I/O in here; every time is event time in Unix seconds. Not thread-safe.
@@ -10,90 +10,41 @@ No clock and no I/O in here; every time is event time in Unix seconds. Not threa
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any
 
 from msgspec import Struct
 
 from tapebus_slots.matching import Position, match
+from tapebus_slots.slot import AccountView, Change, Close, Ended, Slot, Snapshot, Weight, Witness
+from tapebus_slots.witnesses import SNAPSHOTS_TO_SETTLE, dispute, testimony, witnesses
 
-State = Literal["RESERVED", "OPEN", "RELEASING", "UNKNOWN"]
-#: Snapshots in a row that must lack a position before its slot is released.
-SNAPSHOTS_TO_RELEASE = 2
-#: Finished fires and witnesses remembered, oldest forgotten first.
+#: Finished fires and fired signals remembered, oldest forgotten first.
 REMEMBERED = 1024
-WITNESSES = 8
-_VOLUME_EPSILON = 1e-9
-
-
-class Slot(Struct, omit_defaults=True):
-    """One held slot; a FREE slot is one that is not in the table. ``key`` names it: the fire id, or a ticket."""
-
-    key: str
-    state: State
-    since: float
-    symbol: str = ""
-    direction: str = ""
-    fire_id: str | None = None
-    signal_id: str | None = None
-    ticket: int | None = None
-    position_id: int | None = None
-    magic: int | None = None
-    open_price: float | None = None
-    open_time: float | str | None = None
-    lots: float | None = None
-    risk: str | None = None
-    account: str | None = None
-    missing: list[str] = []
-    witnesses: list[str] = []
-
-
-class Snapshot(Struct, frozen=True):
-    """One heartbeat's view of the account. ``count`` is what it says, ``positions`` what it lists."""
-
-    account: str
-    at: float
-    count: int | None
-    positions: tuple[Position, ...] | None
-    evidence: str = ""
-
-    @property
-    def complete(self) -> bool:
-        return self.positions is not None and self.count == len(self.positions)
-
-
-class Change(Struct, frozen=True):
-    """What an input did to one slot. ``method`` and ``evidence`` are set for a release."""
-
-    kind: Literal["reserved", "opened", "released"]
-    slot: Slot
-    method: str = ""
-    evidence: tuple[str, ...] = ()
-
-
-class AccountView(Struct, omit_defaults=True):
-    """The last figures of one broker account."""
-
-    balance: float | None = None
-    equity: float | None = None
-    heartbeat_at: float | None = None
-    count: int | None = None
+#: Reasons for a reconciliation, former tickets and close reports kept at most.
+KEPT = 8
 
 
 class SlotTable(Struct):
-    """All slots of one user, and the accounts they are held in."""
+    """All slots of one user, and the accounts they are held in.
+
+    ``ended`` and ``fired`` may be long and change by single entries: ``unsaved`` names those that changed.
+    """
 
     user_id: str
     maximum: int
     slots: dict[str, Slot] = {}
     accounts: dict[str, AccountView] = {}
-    #: Fires that ended: key to [method, time]. A late confirmation must not open them again.
-    ended: dict[str, tuple[str, float]] = {}
+    #: Fires that ended, by slot key. A late confirmation must not open them again.
+    ended: dict[str, Ended] = {}
     fired: dict[str, float] = {}
+    unsaved: set[tuple[str, str]] = set()
+    #: Why a reconciliation is wanted; whether it was already asked for.
     witnesses: list[str] = []
-    #: A reconciliation is wanted / was already asked for.
     reconcile: bool = False
     asked: bool = False
     over_limit: bool = False
+    #: Slots whose witnesses contradict each other, as the raised alert names them.
+    disputed: list[str] = []
 
     @property
     def local(self) -> int:
@@ -113,90 +64,154 @@ class SlotTable(Struct):
         return max(self.local, sum(counts) + sum(1 for slot in self.slots.values() if self._uncounted(slot)))
 
     def _uncounted(self, slot: Slot) -> bool:
-        view = self._view(slot)
+        view = self.view(slot)
         counted_at = None if view is None else view.heartbeat_at
         return slot.state == "RESERVED" or (slot.state == "OPEN" and counted_at is not None and slot.since > counted_at)
 
-    def _view(self, slot: Slot) -> AccountView | None:
+    def view(self, slot: Slot) -> AccountView | None:
+        """The account of `slot`, where that is known or there is only one."""
         if slot.account is not None:
             return self.accounts.get(slot.account)
         return next(iter(self.accounts.values())) if len(self.accounts) == 1 else None
 
-    # -- strong evidence ------------------------------------------------------------------------
+    def witnesses_of(self, slot: Slot, now: float) -> dict[str, Witness]:
+        """What each witness says of `slot`."""
+        return witnesses(slot, self.view(slot), now)
 
-    def reserve(self, slot: Slot) -> Change | None:
+    def disputes(self) -> dict[str, str]:
+        """What the witnesses of each slot contradict each other in, by slot key."""
+        found = {key: dispute(slot, self.view(slot)) for key, slot in self.slots.items()}
+        return {key: text for key, text in found.items() if text}
+
+    # -- orders and their answers ---------------------------------------------------------------
+
+    def reserve(self, slot: Slot, seq: int = 0, says: str = "sent") -> Change | None:
         """Hold a slot for a fire that was sent; None where it is already held or already over."""
-        if slot.key in self.slots or slot.key in self.ended:
+        held = self.slots.get(slot.key)
+        if held is not None:
+            if held.state == "RESERVED":
+                held.heard("held", says, slot.since, "weak", seq, after=True)
             return None
+        if slot.key in self.ended:
+            return None
+        slot.opened_lots = slot.lots
+        slot.heard("held", says, slot.since, "weak", seq)
         self.slots[slot.key] = slot
         return Change("reserved", slot)
 
-    def opened(self, slot: Slot) -> list[Change]:
+    def opened(self, slot: Slot, seq: int = 0, says: str = "filled") -> list[Change]:
         """A fill: the position is open and occupies its slot. A fill is never a close."""
-        ended = self.ended.get(slot.key)
-        if ended is not None and ended[0] != "rejected":
-            return []
-        changes = []
         held = self.slots.get(slot.key)
+        ended = self._ended(slot.key, slot.ticket, slot.position_id, slot.account) if held is None else None
+        if ended is not None and ended.method != "rejected":
+            return []
+        changes: list[Change] = []
         twin = self.find(None, slot.ticket, slot.position_id)
+        if twin is not None and (twin is held or _other_fire(twin, slot.fire_id)):
+            twin = None
         if held is None and twin is not None:
             held = twin
-        elif twin is not None and twin is not held:
+        elif held is not None and twin is not None:
             # A snapshot saw the position before its confirmation arrived: one position, one slot.
             del self.slots[twin.key]
             changes.append(Change("released", twin, "merged", (f"same_position:{slot.key}",)))
+            held.listed, held.listed_at = twin.listed, twin.listed_at
         if held is None:
-            self.ended.pop(slot.key, None)
+            self._forget(slot.key)
             self.slots[slot.key] = held = slot
-        elif held.state in ("OPEN", "RELEASING"):
-            _learn(held, slot)
-            return changes
+        held.learn(slot)
+        held.heard("held", says, slot.since, "strong", seq, after=True)
+        if held.state in ("RESERVED", "UNKNOWN"):
+            if held.all_closed:
+                # The report of the close was faster than the confirmation, which alone knew what was opened.
+                freed = self.release(held, "position_closed", _reports(held), slot.since)
+                return [*changes, freed] if freed is not None else changes
+            held.state, held.since, held.absent = "OPEN", slot.since, {}
+        return [*changes, *self._announce(held)]
+
+    def _announce(self, slot: Slot) -> list[Change]:
+        """The opening of `slot`, once, and not before somebody has told its symbol."""
+        if slot.announced or not slot.symbol:
+            return []
+        slot.announced = True
+        return [Change("opened", slot)]
+
+    def refused(self, slot: Slot | None, ticket: int | None, says: str, at: float, seq: int) -> Change | None:
+        """A refusal frees a slot that waits for its answer; with a ticket, or of an open position, it is a doubt."""
+        if slot is None:
+            return None
+        if slot.state in ("OPEN", "RELEASING"):
+            slot.heard("unsure", f"{says} after it was open", at, "strong", seq, after=True)
+            self.ask(f"contradiction:{slot.key}")
+        elif ticket is None and slot.ticket is None:
+            slot.heard("gone", says, at, "strong", seq, after=True)
+            return self.release(slot, "rejected", (f"status:{says}@{seq}",), at)
         else:
-            _learn(held, slot)
-            held.since = slot.since
-        held.state = "OPEN"
-        held.missing = []
-        changes.append(Change("opened", held))
-        return changes
+            # Refused, yet with a ticket: there may be a position (levels not set, for example).
+            slot.ticket = slot.ticket or ticket
+            self.doubt(slot, f"{says} with ticket {slot.ticket}", at, seq)
+        return None
+
+    def doubt(self, slot: Slot, says: str, at: float, seq: int = 0) -> None:
+        """Nobody knows what became of the request: it occupies its slot until reconciled."""
+        slot.heard("unsure", says, at, "weak", seq, after=True)
+        slot.state, slot.since, slot.absent = "UNKNOWN", at, {}
+        self.ask(f"{says.replace(' ', '_')}:{slot.key}")
 
     def release(self, slot: Slot | None, method: str, evidence: Iterable[str], at: float) -> Change | None:
         """Free `slot`; idempotent, None where it is not held (any more)."""
         if slot is None or self.slots.get(slot.key) is not slot:
             return None
+        proof = (*evidence, *testimony(self.witnesses_of(slot, at)))
         del self.slots[slot.key]
-        self.ended[slot.key] = (method, at)
-        while len(self.ended) > REMEMBERED:
-            del self.ended[next(iter(self.ended))]
-        return Change("released", slot, method, (*evidence, *slot.witnesses))
+        self.ended[slot.key] = Ended(method, at, slot.ticket, slot.position_id, slot.account, proof)
+        self.unsaved.add(("ended", slot.key))
+        _bound(self.ended, "ended", self.unsaved)
+        view = self.view(slot)
+        if view is not None and view.heartbeat_at is not None and slot.since <= view.heartbeat_at:
+            view.expected = max(0, view.expected - 1)
+            if view.count and slot.listed_at == view.heartbeat_at and method != "snapshot":
+                view.count -= 1  # the broker counted it before it closed
+        return Change("released", slot, method, proof)
 
-    def closed(self, slot: Slot | None, volume: float | None, evidence: str, at: float) -> Change | None:
-        """A reported close: of the full volume it releases, of a part the slot stays with what is left."""
-        if slot is None:
-            return None
-        if volume is not None and slot.lots is not None and 0 < volume < slot.lots - _VOLUME_EPSILON:
-            slot.lots = round(slot.lots - volume, 8)
-            return None
-        change = self.release(slot, "position_closed", (evidence,), at)
-        view = self._view(slot)
-        if change and view and view.count and view.heartbeat_at is not None and slot.since <= view.heartbeat_at < at:
-            view.count -= 1  # the broker counted it before it closed
-        return change
+    def closed(self, slot: Slot | None, close: Close, grace: float) -> Change | None:
+        """A reported close. The slot is free when the closes add up to what was opened; until then a part is left.
 
-    def doubt(self, slot: Slot, witness: str, at: float) -> None:
-        """Nobody knows what became of the request: it occupies its slot until reconciled."""
-        slot.state = "UNKNOWN"
-        slot.since = at
-        slot.missing = []
-        self.witness(witness, slot)
+        A list from more than `grace` seconds after the close that still has the position contradicts it.
+        """
+        if slot is None or close.mark in slot.closes:
+            return None
+        slot.closes[close.mark] = close
+        if slot.all_closed:
+            return self.gone(slot, "position_closed", close.says, _reports(slot), close.at, close.seq, grace)
+        left = slot.left
+        if left is None:
+            slot.heard("unsure", f"{close.says}, of unknown volume", close.at, "strong", close.seq, after=True)
+            self.ask(f"close_of_unknown_volume:{slot.key}")
+        else:
+            slot.lots = left if slot.lots is None else min(left, slot.lots)
+            slot.heard("held", f"{close.says}, in part", close.at, "strong", close.seq, after=True)
+        return None
+
+    def gone(
+        self, slot: Slot, method: str, says: str, evidence: Iterable[str], at: float, seq: int, grace: float
+    ) -> Change | None:
+        """Strong evidence that the position of `slot` is closed: frees it unless a later list still had it."""
+        slot.heard("gone", says, at, "strong", seq, after=True)
+        if slot.listed_at is not None and slot.listed_at > at + grace:
+            slot.listings = 0
+            self.ask(f"closed_but_listed:{slot.key}")
+            return None
+        return self.release(slot, method, evidence, at)
 
     # -- snapshots ------------------------------------------------------------------------------
 
     def snapshot(self, snapshot: Snapshot, now: float, max_age: float, grace: float) -> list[Change]:
         """Take over a heartbeat. An incomplete one may only change the count, never release.
 
-        One more than `max_age` seconds behind `now` (the time of the event before it) or not newer
-        than the last one is no evidence; `grace`: seconds a position must be older than the snapshot
-        before its absence means anything.
+        One more than `max_age` seconds behind `now` (the time of the event before it) or not newer than the last
+        one is no evidence, and one with the mark of the last is that one again: no second proof of anything.
+        `grace`: seconds a position must be older than the snapshot before its absence means anything.
         """
         if snapshot.account not in self.accounts:
             self.accounts[snapshot.account] = self.accounts.pop("", AccountView())
@@ -205,136 +220,178 @@ class SlotTable(Struct):
             view.heartbeat_at = None  # stamped by a clock that was ahead: it must not mute the heartbeats after it
         if snapshot.at < now - max_age or (view.heartbeat_at is not None and snapshot.at <= view.heartbeat_at):
             return []
-        before, view.heartbeat_at = view.count, snapshot.at
-        view.count = max(snapshot.count or 0, len(snapshot.positions or ())) if snapshot.count is not None else before
-        mine = [slot for slot in self.slots.values() if self._in(slot, snapshot.account)]
+        before, again = view.count, snapshot.mark != "" and snapshot.mark == view.mark
+        mine = [slot for slot in self.slots.values() if slot.account in (None, snapshot.account)]
+        self._count(view, snapshot, mine, grace)
         pairs, strangers = match(mine, snapshot.positions or ())
-        changes = [change for slot, position in pairs for change in self._seen(slot, position, snapshot)]
-        if not snapshot.complete:
-            for slot in mine:
-                _calm(slot)
-            if before is not None and snapshot.count is not None and snapshot.count < before:
-                self.witness(f"count_decreased:{before}->{snapshot.count}")
-            return changes
-        self.reconcile = False
+        changes = [change for slot, position in pairs for change in self._seen(slot, position, snapshot, again)]
         found = {slot.key for slot, _ in pairs}
-        for slot in mine:
-            if slot.key not in found:
-                changes += self._missed(slot, snapshot, grace)
+        unlisted = [slot for slot in mine if slot.key not in found]
+        if not snapshot.complete:
+            for slot in unlisted:
+                slot.not_listed(snapshot)
+            if before is not None and snapshot.count is not None and snapshot.count < before:
+                self.ask(f"count_decreased:{before}->{snapshot.count}")
+            if self.slots:
+                self.ask(f"incomplete:{len(snapshot.positions or ())}_of_{snapshot.count}")
+            return changes
+        view.moved = 0.0
+        self.reconcile, self.asked, self.witnesses = False, False, []
+        for slot in unlisted if not again else ():
+            changes += self._missed(slot, snapshot, grace)
         for position in strangers:
             changes += self._adopt(position, snapshot, grace)
-        self.witnesses = []
         return changes
 
-    def _in(self, slot: Slot, account: str) -> bool:
-        """Whether a snapshot of `account` can speak about `slot`."""
-        return slot.account == account or (slot.account is None and len(self.accounts) <= 1)
+    def _count(self, view: AccountView, snapshot: Snapshot, mine: list[Slot], grace: float) -> None:
+        view.heartbeat_at, view.seq, view.mark = snapshot.at, snapshot.seq, snapshot.mark
+        view.said, view.listed = snapshot.count, len(snapshot.positions or ())
+        if snapshot.count is not None:
+            view.count = max(snapshot.count, view.listed)
+        view.expected = sum(
+            1
+            for slot in mine
+            if slot.state in ("OPEN", "RELEASING") and slot.since + grace <= snapshot.at and self.view(slot) is view
+        )
 
-    def _seen(self, slot: Slot, position: Position, snapshot: Snapshot) -> list[Change]:
+    def _seen(self, slot: Slot, position: Position, snapshot: Snapshot, again: bool = False) -> list[Change]:
         slot.account = snapshot.account
-        waiting = slot.state in ("RESERVED", "UNKNOWN") or not slot.symbol
-        known = slot.ticket is not None
+        waiting, known = slot.state in ("RESERVED", "UNKNOWN"), slot.ticket is not None
+        if slot.ticket is not None and position.ticket != slot.ticket:
+            slot.former_tickets = [*slot.former_tickets, slot.ticket][-KEPT:]
         slot.ticket = position.ticket
-        slot.position_id = position.position_id if position.position_id is not None else slot.position_id
-        slot.magic = position.magic if position.magic is not None else slot.magic
-        slot.open_price = position.open_price if position.open_price is not None else slot.open_price
-        slot.open_time = position.open_time if position.open_time is not None else slot.open_time
+        for name in ("position_id", "magic", "open_price", "open_time"):
+            value = getattr(position, name)
+            if value is not None:
+                setattr(slot, name, value)
         slot.lots = position.volume if position.volume is not None else slot.lots
         slot.symbol, slot.direction = position.symbol or slot.symbol, position.direction or slot.direction
-        slot.state = "OPEN"
-        slot.missing = []
-        if not waiting:
-            return []
-        slot.since = slot.since if known else snapshot.at
-        return [Change("opened", slot)]
+        slot.state, slot.absent, slot.listed_at = "OPEN", {}, snapshot.at
+        weight: Weight = "snapshot" if snapshot.complete else "weak"
+        slot.listed = Witness("held", f"listed as ticket {position.ticket}", snapshot.at, weight, [snapshot.seq])
+        slot.listings += snapshot.complete and not again
+        status = slot.status
+        if slot.listings >= SNAPSHOTS_TO_SETTLE and status is not None and status.believes == "gone":
+            slot.heard("unsure", f"{status.says}, overruled by two complete lists", status.at, "weak", 0, after=True)
+            slot.opened_lots, slot.measured_at = slot.lots, snapshot.at
+        if waiting:
+            slot.since = slot.since if known else snapshot.at
+        return self._announce(slot)
 
     def _missed(self, slot: Slot, snapshot: Snapshot, grace: float) -> list[Change]:
+        """One more complete snapshot without `slot`; where its account is unknown, every account must lack it."""
+        slot.listings = 0
         if slot.state == "RESERVED" or snapshot.at < slot.since + grace:
             return []
-        slot.missing = [*slot.missing, snapshot.evidence or f"snapshot@{snapshot.at}"]
-        if len(slot.missing) < SNAPSHOTS_TO_RELEASE:
-            if slot.state == "OPEN":
-                slot.state = "RELEASING"
+        seqs = [*slot.absent.get(snapshot.account, ()), snapshot.seq][-SNAPSHOTS_TO_SETTLE:]
+        slot.absent = {**slot.absent, snapshot.account: seqs}
+        says = f"absent from {len(seqs)} of {SNAPSHOTS_TO_SETTLE} complete lists"
+        slot.listed = Witness("gone", says, snapshot.at, "snapshot", seqs)
+        accounts = list(self.accounts) if slot.account is None else [slot.account]
+        if any(len(slot.absent.get(account, ())) < SNAPSHOTS_TO_SETTLE for account in accounts):
+            slot.state = "RELEASING" if slot.state == "OPEN" else slot.state
+            self.ask(f"absent:{slot.key}")
             return []
-        change = self.release(slot, "snapshot", slot.missing, snapshot.at)
+        evidence = [f"snapshot@{seq}" for account in accounts for seq in slot.absent[account]]
+        change = self.release(slot, "snapshot", evidence, snapshot.at)
         return [] if change is None else [change]
 
     def _adopt(self, position: Position, snapshot: Snapshot, grace: float) -> list[Change]:
         """A position nobody announced occupies a slot too: the broker's list is the truth."""
         key = position.fire_id or f"ticket-{position.ticket}"
-        ended = self.ended.get(key) or self.ended.get(f"ticket-{position.ticket}")
+        ended = self._ended(key, position.ticket, position.position_id, snapshot.account)
         if key in self.slots:
             key = f"ticket-{position.ticket}"
-        if key in self.slots or (ended is not None and snapshot.at < ended[1] + grace):
+        if key in self.slots or (ended is not None and snapshot.at < ended.at + grace):
             return []
-        self.ended.pop(key, None)
+        self._forget(key)
         slot = Slot(key, "OPEN", snapshot.at, fire_id=position.fire_id)
+        slot.opened_lots, slot.measured_at = position.volume, snapshot.at
+        if ended is not None:
+            slot.heard("gone", f"was released: {ended.method.replace('_', ' ')}", ended.at, "strong", 0)
+            self.ask(f"closed_but_listed:{key}")
         self.slots[key] = slot
-        self._seen(slot, position, snapshot)
-        return [Change("opened", slot)]
+        return self._seen(slot, position, snapshot)
 
     # -- weak evidence and time -----------------------------------------------------------------
 
-    def witness(self, text: str, slot: Slot | None = None) -> None:
-        """Note weak evidence and ask for a reconciliation; releases nothing."""
-        if slot is not None:
-            slot.witnesses = [*slot.witnesses, text][-WITNESSES:]
-        self.witnesses = [*self.witnesses, text][-WITNESSES:]
+    def ask(self, reason: str) -> None:
+        """Ask for a reconciliation; releases nothing."""
+        if reason not in self.witnesses:
+            self.witnesses = [*self.witnesses, reason][-KEPT:]
         self.reconcile = True
 
-    def balance(self, account: str, balance: float, equity: float | None, jump: float) -> None:
+    def balance(
+        self, account: str, balance: float, equity: float | None, jump: float, at: float = 0.0, seq: int = 0
+    ) -> None:
         """New account figures; a move of at least `jump` with slots held is a witness (deposits move it too)."""
         view = self.accounts.setdefault(account, AccountView())
         before, view.balance = view.balance, balance
+        view.balance_at, view.balance_seq = at, seq
         view.equity = equity if equity is not None else view.equity
         if before is not None and self.slots and abs(balance - before) >= jump:
-            self.witness(f"balance_jump:{balance - before:+.2f}")
+            view.moved, view.moved_at, view.moved_seq = balance - before, at, seq
+            self.ask(f"balance_jump:{balance - before:+.2f}")
 
     def review(self, now: float, answer_timeout: float, stale_age: float, heartbeat_age: float) -> None:
-        """The periodic look at the clock: unanswered fires become UNKNOWN, old or silent ones get a witness."""
+        """The periodic look at the clock: unanswered fires become UNKNOWN, old or silent ones ask for a snapshot."""
         for slot in self.slots.values():
             if slot.state == "RESERVED" and now - slot.since >= answer_timeout:
-                self.doubt(slot, "no_answer", now)
-            elif now - slot.since >= stale_age and "age" not in slot.witnesses:
-                self.witness("age", slot)
-        if not self.slots or "silence" in self.witnesses:
-            return
+                self.doubt(slot, "no answer", now)
+            elif now - slot.since >= stale_age and not slot.aged:
+                slot.aged = True
+                self.ask(f"age:{slot.key}")
         beats = [view.heartbeat_at for view in self.accounts.values() if view.heartbeat_at is not None]
-        if beats and now - max(beats) > heartbeat_age:
-            self.witness("silence")
+        if self.slots and beats and now - max(beats) > heartbeat_age:
+            self.ask("silence")
+
+    # -- looking up -----------------------------------------------------------------------------
 
     def find(self, fire_id: str | None, ticket: int | None, position_id: int | None) -> Slot | None:
-        """The slot of a fire, position or ticket, in this order of trust."""
+        """The slot of a fire, position or ticket, in this order of trust; never one of another fire."""
         if fire_id is not None and fire_id in self.slots:
             return self.slots[fire_id]
         for name, value in (("fire_id", fire_id), ("position_id", position_id), ("ticket", ticket)):
-            if value is None:
-                continue
-            for slot in self.slots.values():
-                if getattr(slot, name) == value:
+            for slot in self.slots.values() if value is not None else ():
+                if getattr(slot, name) == value and not _other_fire(slot, fire_id):
                     return slot
+        for slot in self.slots.values() if ticket is not None else ():
+            if ticket in slot.former_tickets and not _other_fire(slot, fire_id):
+                return slot
         return None
+
+    def _ended(self, key: str, ticket: int | None, position_id: int | None, account: str | None) -> Ended | None:
+        """What became of the slot called `key`, or else of this very position."""
+        found = self.ended.get(key)
+        if found is not None or (ticket is None and position_id is None):
+            return found
+        for each in reversed(self.ended.values()):
+            same = each.position_id == position_id if position_id is not None else each.ticket == ticket
+            if same and (each.account is None or account is None or each.account == account):
+                return each
+        return None
+
+    def _forget(self, key: str) -> None:
+        if self.ended.pop(key, None) is not None:
+            self.unsaved.add(("ended", key))
 
     def remember_fired(self, signal_id: str, at: float) -> None:
         """A signal fires once, however often it is published."""
         self.fired[signal_id] = at
-        while len(self.fired) > REMEMBERED:
-            del self.fired[next(iter(self.fired))]
+        self.unsaved.add(("fired", signal_id))
+        _bound(self.fired, "fired", self.unsaved)
 
 
-def _learn(held: Slot, new: Slot) -> None:
-    """Take over what `new` knows and `held` does not; a newer ticket replaces a renewed one."""
-    for name in ("ticket", "position_id", "magic", "open_price", "lots", "account"):
-        value = getattr(new, name)
-        if value is not None:
-            setattr(held, name, value)
-    for name in ("symbol", "direction", "signal_id", "fire_id"):
-        if not getattr(held, name):
-            setattr(held, name, getattr(new, name))
+def _other_fire(slot: Slot, fire_id: str | None) -> bool:
+    return slot.fire_id is not None and fire_id is not None and slot.fire_id != fire_id
 
 
-def _calm(slot: Slot) -> None:
-    """An incomplete snapshot breaks the run of complete ones."""
-    slot.missing = []
-    if slot.state == "RELEASING":
-        slot.state = "OPEN"
+def _reports(slot: Slot) -> list[str]:
+    return [f"position_closed@{each.seq}" for each in slot.closes.values()]
+
+
+def _bound(kept: dict[str, Any], name: str, unsaved: set[tuple[str, str]]) -> None:
+    while len(kept) > REMEMBERED:
+        oldest = next(iter(kept))
+        del kept[oldest]
+        unsaved.add((name, oldest))
