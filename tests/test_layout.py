@@ -24,6 +24,8 @@ PUBLIC = {
     "tapebus",
     "tapebus.blocks",
     "tapebus.bridge",
+    "tapebus.cli.common",
+    "tapebus.config",
     "tapebus.consumer",
     "tapebus.errors",
     "tapebus.events",

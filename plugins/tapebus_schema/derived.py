@@ -180,10 +180,19 @@ class Calibration(Struct, frozen=True, gc=False, omit_defaults=True, kw_only=Tru
 
 
 class Alert(Struct, frozen=True, gc=False, omit_defaults=True, kw_only=True):
-    """Something a person should know; ``cleared`` ends what ``raised`` began under the same name."""
+    """Something a person should know; ``cleared`` ends what ``raised`` began under the same name.
+
+    ``value`` was compared with ``threshold``, both in ``unit``; ``since`` is when it began. A ``reminder`` repeats
+    what is raised already.
+    """
 
     name: Annotated[str, Meta(min_length=1, max_length=300)]
     severity: Severity
     message: Text
     state: Literal["raised", "cleared"] = "raised"
     component: Name | None = None
+    value: Number | None = None
+    threshold: Number | None = None
+    unit: Code | None = None
+    since: Time | None = None
+    reminder: bool = False
