@@ -18,7 +18,7 @@ from tapebus import hookimpl
 from tapebus.cli import main
 from tapebus.errors import StoreError
 from tapebus.events import DeadLetter, EventType
-from tapebus.store import Commit
+from tapebus.store import Commit, Unit
 from tapebus.tape import Tape
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -127,6 +127,17 @@ def test_the_tape_says_what_it_holds(tape: Tape) -> None:
     assert (tape.first_seq, tape.last_seq) == (1, 100)
     assert tape.stats()["events"] == 100
     assert [letter.bus_seq for letter in tape.dead_letters()] == [3]
+
+
+def test_the_state_of_a_plugin_is_read_while_its_bus_writes_it(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    store.commit(Commit(units=[Unit("slots", 1, namespace="slots", state={"a": b"1", "b": b"2"})]))
+    with Tape.open(tmp_path, plugins=PLUGINS) as tape:
+        assert tape.state("slots") == {"a": b"1", "b": b"2"}
+        store.commit(Commit(units=[Unit("slots", 2, namespace="slots", state={"a": None, "b": b"3"})]))
+        assert tape.state("slots") == {"b": b"3"}
+        assert tape.state("slot") == {}
+    store.close()
 
 
 def test_a_follower_gets_every_event_once_and_in_order_while_the_bus_writes(tmp_path: Path) -> None:

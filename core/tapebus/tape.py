@@ -88,6 +88,14 @@ class Tape:
         """Figures about the tape, sizes in bytes."""
         return self._reader.stats()
 
+    def state(self, plugin: str) -> dict[str, bytes]:
+        """What `plugin` keeps in ``context.state``, as of the last commit; empty where it keeps nothing.
+
+        All keys are of one moment. A plugin whose consumers run as processes keeps its state in a store of its own,
+        which this does not read.
+        """
+        return self._reader.state(plugin)
+
     def accounts(self) -> tuple[list[books.Account], int]:
         """The books as of the last commit, and the newest ``bus_seq`` of the same moment."""
         last_seq, found, counters = self._reader.books()

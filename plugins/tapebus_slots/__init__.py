@@ -7,7 +7,7 @@ with ``auto_fire = true``, ``fire_command``.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 
@@ -15,6 +15,9 @@ from tapebus.consumer import Consumer, Context
 from tapebus.events import EventType
 from tapebus.hookspecs import hookimpl
 from tapebus_slots.engine import Engine
+
+if TYPE_CHECKING:
+    import click
 
 TOPICS = (
     "signal_generated",
@@ -66,16 +69,26 @@ def tapebus_register_consumers(context: Context) -> list[Consumer]:
 
 
 @hookimpl
+def tapebus_register_commands(cli: click.Group) -> None:
+    """Add ``tapebus slots``."""
+    from tapebus_slots.cli import slots
+
+    cli.add_command(slots)
+
+
+@hookimpl
 def tapebus_health(context: Context) -> dict[str, Any]:
     """Degraded while over the limit, stopped by the kill switch, or waiting for a reconciliation."""
     engine = _engines.get(id(context))
     if engine is None:
         return {"status": "error", "message": "not started"}
     notes = ["kill switch is on"] if engine.decider.kill_switch else []
-    for table in engine.tables.values():
+    for table in list(engine.tables.values()):
         if table.used > table.maximum:
             notes.append(f"user {table.user_id}: {table.used}/{table.maximum} slots, gate closed")
-        if table.reconcile:
+        if table.disputed:
+            notes.append(f"user {table.user_id}: witnesses disagree about {', '.join(table.disputed[:5])}")
+        elif table.reconcile:
             notes.append(f"user {table.user_id}: waiting for a complete heartbeat ({', '.join(table.witnesses)})")
     return {"status": "degraded" if notes else "ok", "message": "; ".join(notes) or _used(engine)}
 
@@ -101,7 +114,7 @@ def tapebus_stop(context: Context) -> None:
 
 
 def _used(engine: Engine) -> str:
-    tables = engine.tables.values()
+    tables = list(engine.tables.values())
     if not tables:
         return f"0/{engine.config.max_slots}"
     return f"{sum(table.used for table in tables)}/{sum(table.maximum for table in tables)}"

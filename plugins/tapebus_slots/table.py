@@ -235,7 +235,8 @@ class SlotTable(Struct):
             if self.slots:
                 self.ask(f"incomplete:{len(snapshot.positions or ())}_of_{snapshot.count}")
             return changes
-        view.moved = 0.0
+        if not any(slot.state == "OPEN" for slot in unlisted):
+            view.moved = 0.0  # whatever moved it, it closed nothing
         self.reconcile, self.asked, self.witnesses = False, False, []
         for slot in unlisted if not again else ():
             changes += self._missed(slot, snapshot, grace)

@@ -16,7 +16,7 @@ SNAPSHOTS_TO_SETTLE = 2
 def witnesses(slot: Slot, view: AccountView | None, now: float) -> dict[str, Witness]:
     """Every witness that has something to say about `slot`; `view` is its account where that is known."""
     found = {"status": slot.status, "tickets": slot.listed}
-    if view is not None:
+    if view is not None and slot.state in ("OPEN", "RELEASING"):
         found["count"] = _count(slot, view)
         found["balance"] = _balance(slot, view)
     found["age"] = _age(slot, now)
@@ -55,7 +55,7 @@ def dispute(slot: Slot, view: AccountView | None) -> str:
     The balance and the age are never sure of anything, so they only ask for a reconciliation.
     """
     sides = {"held": "", "gone": ""}
-    count = None if view is None else _count(slot, view)
+    count = _count(slot, view) if view is not None and slot.state in ("OPEN", "RELEASING") else None
     for name, witness in (("status", slot.status), ("tickets", slot.listed), ("count", count)):
         if witness is None or witness.believes == "unsure" or sides[witness.believes]:
             continue
