@@ -18,7 +18,7 @@ _COLOURS = {"held": "green", "gone": "red", "unsure": "yellow"}
 _STATES = {"OPEN": "green", "RESERVED": "cyan", "RELEASING": "yellow", "UNKNOWN": "red"}
 
 
-@click.command("slots", short_help="Show the held slots and what their witnesses believe.")
+@click.command("slots")
 @click.option("--user", help="Only this user.")
 @click.option("--released", is_flag=True, help="Also the slots released last, and what proved it.")
 @json_option
