@@ -1,315 +1,475 @@
-"""The auto-fire gate and its sizing: edges, the recorded gold signals, and lots that never exceed the budget."""
+"""The auto-fire gate as a pure function: every rule with its reason, its edges, and what can never happen."""
 
 from __future__ import annotations
 
-import json
+import math
+from datetime import date
 from decimal import Decimal
-from fractions import Fraction
-from pathlib import Path
+from itertools import compress, product
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tapebus_schema
-import tapebus_slots
-from tapebus.events import Registry
-from tapebus.testing import PluginBench
+from gate_support import RICH, T0, decide, known, signal, view
 from tapebus_slots.config import Config
-from tapebus_slots.gate import Account, Signal, SlotView, evaluate
-from tapebus_slots.sizing import Quote, budget, conversion, floor_to_step, loss_per_lot, outward, size
-from tapebus_slots.symbols import Symbol, lookup
+from tapebus_slots.gate import evaluate
+from tapebus_slots.sizing import Quote
+from tapebus_slots.view import Account, Held
+from tapebus_trading.sessions import Hours
 
-LOG = Path(__file__).resolve().parents[1] / ".." / "shared" / "data" / "legacy" / "truth_log_20250811.jsonl"
-REGISTRY = Registry(tapebus_schema.tapebus_register_event_types({}))
-T0 = 1_754_892_347.0
-RICH = Account(10_000.0, 10_000.0, T0)
-FREE = SlotView(0, 10)
-QUOTES = {"EURUSD": Quote(1.16990, 1.17000, T0)}
-ON = Config(auto_fire=True)
+RULES = [
+    "auto_fire",
+    "kill_switch",
+    "tier",
+    "not_fired_before",
+    "expiry",
+    "pattern",
+    "confidence",
+    "market",
+    "trade_mode",
+    "geometry",
+    "price_on_tick",
+    "sl_distance",
+    "tp_distance",
+    "quote_age",
+    "account",
+    "heartbeat_age",
+    "slots",
+    "opposite_position",
+    "total_open_risk",
+    "currency_risk",
+    "margin",
+    "sizing",
+]
 
 
-def signal(**more):
-    values = {
-        "signal_id": "S1",
-        "symbol": "EURUSD",
-        "direction": "BUY",
-        "confidence": 85.0,
-        "sl": 1.1685,
-        "tp": 1.1720,
-        "entry": 1.1700,
-        "pattern": "VCB_BREAKOUT",
-        "at": T0,
-    }
-    return Signal(**{**values, **more})
+def configured(**more):
+    return msgspec.convert({"auto_fire": True, **more}, Config)
 
 
-def decide(config=ON, account=RICH, slots=FREE, quotes=QUOTES, **more):
-    return evaluate(signal(**more), account, slots, quotes, config)
+def rule(verdict, name):
+    (found,) = [each for each in verdict.rules if each.name == name]
+    return found
 
 
 def test_a_signal_that_passes_every_rule_fires_with_the_lots_of_the_worked_table():
     verdict = decide()
     assert verdict.fire and verdict.reasons == ()
     assert (verdict.lots, verdict.risk) == (Decimal("3.33"), Decimal("499.5"))
+    assert [each.name for each in verdict.rules] == RULES
+    assert all(each.passed for each in verdict.rules)
+
+
+def quote(bid, ask, at=T0):
+    return {"EURUSD": Quote(bid, ask, at)}
+
+
+def stops_level(points):
+    return known(own={"EURUSD": {"stops_level": points}})
+
+
+def mode(word):
+    return known(own={"EURUSD": {"trade_mode": word}})
+
+
+SELL = {"direction": "SELL", "entry": 1.1699, "sl": 1.1714, "tp": 1.1680}
+SATURDAY = 1_754_740_800.0
+
+#: What happens, the one rule it trips, the reason reported, and the change that brings it about.
+REFUSED = [
+    ("auto-fire is off", "auto_fire", "auto_fire_off", {"config": Config()}),
+    ("the kill switch is on", "kill_switch", "kill_switch_on", {"known": known(kill_switch=True)}),
+    ("a tier nobody described", "tier", "tier_unknown", {"config": configured(tier="X", tiers={"COMMANDER": {}})}),
+    ("fired before", "not_fired_before", "already_fired", {"slots": view(fired={"S1"})}),
+    ("expired when it was made", "expiry", "signal_expired", {"expires_at": T0}),
+    (
+        "expired by the time of the quote",
+        "expiry",
+        "signal_expired",
+        {"expires_at": T0 + 1, "quotes": quote(1.1699, 1.17, T0 + 2)},
+    ),
+    ("the pattern is disabled", "pattern", "pattern_disabled", {"known": known(disabled=["VCB_BREAKOUT"])}),
+    ("below the band", "confidence", "confidence_outside_band", {"confidence": 79.9}),
+    ("above the band", "confidence", "confidence_outside_band", {"confidence": 89.1}),
+    ("no calibration to judge by", "confidence", "not_calibrated", {"config": configured(confidence="calibrated")}),
+    (
+        "on a Saturday",
+        "market",
+        "market_closed",
+        {
+            "config": configured(market_hours=True),
+            "at": SATURDAY,
+            "quotes": quote(1.1699, 1.17, SATURDAY),
+            "account": Account(10_000.0, 10_000.0),
+        },
+    ),
+    (
+        "on a holiday",
+        "market",
+        "market_closed",
+        {"config": configured(market_hours=True), "known": known(hours=Hours(frozenset([date(2025, 8, 11)])))},
+    ),
+    ("the symbol is not traded", "trade_mode", "trade_disabled", {"known": mode("disabled")}),
+    ("the symbol may only be closed", "trade_mode", "close_only", {"known": mode("SYMBOL_TRADE_MODE_CLOSEONLY")}),
+    ("the symbol may only be sold", "trade_mode", "short_only", {"known": mode("2")}),
+    ("the symbol may only be bought", "trade_mode", "long_only", {"known": mode("long_only"), **SELL}),
+    (
+        "a level between ticks, refused",
+        "price_on_tick",
+        "price_off_tick",
+        {"config": configured(require_on_tick=True), "tp": 1.172003},
+    ),
+    ("the stop inside two spreads", "sl_distance", "sl_inside_spread", {"quotes": quote(1.1692, 1.1700)}),
+    ("the target inside two spreads", "tp_distance", "tp_inside_spread", {"tp": 1.17015}),
+    ("the stop inside the stops level", "sl_distance", "sl_inside_spread", {"known": stops_level("0.0016")}),
+    ("the stop nearer to the closing price", "sl_distance", "sl_inside_spread", {"known": stops_level("0.00145")}),
+    (
+        "the target inside the stops level",
+        "tp_distance",
+        "tp_inside_spread",
+        {"tp": 1.1710, "known": stops_level("0.0011")},
+    ),
+    ("a stale quote", "quote_age", "quote_stale", {"quotes": quote(1.1699, 1.17, T0 - 5.1)}),
+    ("a quote from the future", "quote_age", "quote_stale", {"quotes": quote(1.1699, 1.17, T0 + 600)}),
+    ("a crossed quote", "quote_age", "quote_crossed", {"quotes": quote(1.17001, 1.17)}),
+    ("no quote", "quote_age", "quote_missing", {"quotes": {}}),
+    ("the heartbeat stopped", "heartbeat_age", "heartbeat_stale", {"account": Account(10_000.0, 10_000.0, T0 - 40.1)}),
+    ("all slots are taken", "slots", "no_free_slot", {"slots": view(used=10)}),
+    ("more than all slots are taken", "slots", "over_limit", {"slots": view(used=16)}),
+    ("no slot at all is allowed", "slots", "no_free_slot", {"slots": view(maximum=0)}),
+    (
+        "an opposite position",
+        "opposite_position",
+        "opposite_position",
+        {"slots": view([Held("EURUSD", "SELL", None, Decimal(1))])},
+    ),
+    (
+        "the margin of a lot is not there",
+        "margin",
+        "margin_exceeded",
+        {"config": configured(leverage=100), "account": Account(10_000.0, 10_000.0, T0, 11.69)},
+    ),
+    ("nobody knows the free margin", "margin", "margin_unknown", {"config": configured(leverage=100)}),
+    ("too small an account", "sizing", "below_min_lot", {"account": Account(29.0, 29.0, T0)}),
+    ("a negative balance", "sizing", "no_risk_budget", {"account": Account(-10.0, -10.0, T0)}),
+    ("no risk is allowed", "sizing", "no_risk_budget", {"config": configured(risk_pct=0)}),
+]
+
+
+@pytest.mark.parametrize(("name", "reason", "changes"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED])
+def test_each_rule_refuses_alone_with_its_reason(name, reason, changes):
+    verdict = decide(**changes)
+    assert not verdict.fire
+    assert verdict.reasons == (reason,)
+    failed = {each.name for each in verdict.rules if not each.passed}
+    assert name in failed and failed <= {name, "sizing"}
+    assert [each.name for each in verdict.rules] == RULES
+
+
+#: What is wrong in more than one way shows all of them.
+TOGETHER = [
+    ("stop on the wrong side", {"sl": 1.1715}, {"sl_tp_wrong_side", "sl_inside_spread"}),
+    ("target on the wrong side", {"tp": 1.1690}, {"sl_tp_wrong_side", "tp_inside_spread"}),
+    ("stop at the entry", {"sl": 1.1700}, {"sl_tp_wrong_side", "sl_inside_spread"}),
+    ("target at the entry", {"tp": 1.1700}, {"sl_tp_wrong_side", "tp_inside_spread"}),
+    ("no stop", {"sl": None}, {"sl_tp_wrong_side", "no_price"}),
+    ("no target", {"tp": None}, {"sl_tp_wrong_side"}),
+    ("unknown symbol", {"symbol": "ACME"}, {"symbol_unknown", "quote_missing"}),
+    ("unknown account", {"account": None}, {"account_unknown"}),
+    ("an account without a balance", {"account": Account(None, 5.0, T0)}, {"account_unknown"}),
+    (
+        "no total risk left",
+        {"slots": view([Held("USDJPY", "BUY", None, Decimal(1000))])},
+        {"total_risk_exceeded", "currency_risk_exceeded", "no_risk_budget"},
+    ),
+    (
+        "two trades of unknown risk",
+        {"slots": view([Held("GBPJPY", "BUY")] * 2)},
+        {"total_risk_exceeded", "no_risk_budget"},
+    ),
+    (
+        "too little total risk left",
+        {"slots": view([Held("GBPJPY", "BUY", None, Decimal("999.5"))])},
+        {"total_risk_exceeded", "below_min_lot"},
+    ),
+    (
+        "everything",
+        {
+            "config": Config(),
+            "known": known(kill_switch=True),
+            "confidence": 1.0,
+            "quotes": {},
+            "account": None,
+            "slots": view(used=11),
+        },
+        {
+            "auto_fire_off",
+            "kill_switch_on",
+            "confidence_outside_band",
+            "quote_missing",
+            "account_unknown",
+            "over_limit",
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "reasons"), [row[1:] for row in TOGETHER], ids=[row[0] for row in TOGETHER])
+def test_what_is_wrong_in_several_ways_names_them_all(changes, reasons):
+    assert set(decide(**changes).reasons) == reasons
+
+
+#: Just on the good side of each limit.
+ALLOWED = [
+    ("the lower end of the band", {"confidence": 80.0}),
+    ("the upper end of the band", {"confidence": 89.0}),
+    ("two spreads exactly", {"quotes": quote(1.16925, 1.1700)}),
+    ("the stops level from both prices", {"known": stops_level("0.0014")}),
+    ("a quote of five seconds", {"quotes": quote(1.1699, 1.17, T0 - 5)}),
+    ("no spread at all", {"quotes": quote(1.17, 1.17)}),
+    ("a heartbeat of forty seconds", {"account": Account(10_000.0, 10_000.0, T0 - 40)}),
+    ("an EA that never sent a heartbeat", {"account": Account(10_000.0, 10_000.0, None)}),
+    ("the last slot", {"slots": view(used=9)}),
+    ("a position in the same direction", {"slots": view([Held("EURUSD", "BUY", None, Decimal(1))])}),
+    ("an opposite position on another symbol", {"slots": view([Held("GBPUSD", "SELL", None, Decimal(1))])}),
+    (
+        "an opposite position where that is wanted",
+        {"config": configured(allow_opposite=True), "slots": view([Held("EURUSD", "SELL", None, Decimal(1))])},
+    ),
+    ("another pattern is disabled", {"known": known(disabled=["BB_SCALP"])}),
+    ("no tier where there are tiers", {"config": configured(tiers={"COMMANDER": {}})}),
+    ("a tier that is described", {"config": configured(tier="COMMANDER", tiers={"COMMANDER": {}})}),
+    ("it expires later", {"expires_at": T0 + 1}),
+    ("a market order", {"entry": None}),
+    ("a level between ticks", {"tp": 1.172003}),
+    ("noise of floating point", {"config": configured(require_on_tick=True), "sl": 1.1685000000000001}),
+    ("a market that is open", {"config": configured(market_hours=True)}),
+    ("a symbol that may only be bought", {"known": mode("longonly")}),
+    ("a trade mode nobody knows", {"known": mode("request")}),
+    (
+        "margin for the smallest order",
+        {"config": configured(leverage=100), "account": Account(10_000.0, 10_000.0, T0, 11.70)},
+    ),
+    ("sold", SELL),
+]
+
+
+@pytest.mark.parametrize("changes", [row[1] for row in ALLOWED], ids=[row[0] for row in ALLOWED])
+def test_on_the_good_side_of_each_limit_it_fires(changes):
+    assert decide(**changes).reasons == ()
 
 
 @pytest.mark.parametrize(
-    ("confidence", "fires"), [(79.9, False), (80.0, True), (89.0, True), (89.1, False), (89.2, False), (92.0, False)]
+    ("confidence", "fires"), [(89.0, True), (89.1, False), (89.2, False), (89.3, False), (89.8, False)]
 )
-def test_the_confidence_band_is_closed_at_both_ends(confidence, fires):
-    verdict = decide(confidence=confidence)
-    assert verdict.fire is fires
-    assert verdict.reasons == (() if fires else ("confidence_outside_band",))
+def test_of_the_recorded_confidences_only_those_inside_the_closed_band_fire(confidence, fires):
+    """The known rule said "80-89 %"; 89.1, 89.2, 89.3 and 89.8 were on record."""
+    assert decide(confidence=confidence).fire is fires
 
 
 def test_a_pattern_may_have_a_band_of_its_own():
-    config = msgspec.convert({"auto_fire": True, "patterns": {"VCB_BREAKOUT": {"confidence_band": [90, 95]}}}, Config)
+    config = configured(patterns={"VCB_BREAKOUT": {"confidence_band": [90, 95]}})
     assert decide(config, confidence=92.0).fire
     assert not decide(config, confidence=85.0).fire
     assert decide(config, confidence=85.0, pattern="BOS_RETEST").fire
 
 
+CURVE = known(calibration=[(60.0, 40.0), (80.0, 50.0), (90.0, 85.0)])
+
+
 @pytest.mark.parametrize(
-    ("reason", "changes"),
-    [
-        ("auto_fire_off", {"config": Config()}),
-        ("kill_switch_on", {"slots": SlotView(0, 10, kill_switch=True)}),
-        ("already_fired", {"slots": SlotView(0, 10, fired={"S1"})}),
-        ("sl_tp_wrong_side", {"sl": 1.1715}),
-        ("sl_tp_wrong_side", {"tp": 1.1690}),
-        ("sl_tp_wrong_side", {"sl": 0.0}),
-        ("sl_tp_wrong_side", {"sl": None}),
-        ("sl_inside_spread", {"sl": 1.16985}),
-        ("tp_inside_spread", {"tp": 1.17015}),
-        ("quote_stale", {"quotes": {"EURUSD": Quote(1.1699, 1.17, T0 - 6)}}),
-        ("quote_stale", {"quotes": {"EURUSD": Quote(1.1699, 1.17, T0 + 600)}}),
-        ("quote_crossed", {"quotes": {"EURUSD": Quote(1.1701, 1.17, T0)}}),
-        ("quote_missing", {"quotes": {}}),
-        ("no_free_slot", {"slots": SlotView(10, 10)}),
-        ("over_limit", {"slots": SlotView(16, 10)}),
-        ("opposite_position", {"slots": SlotView(1, 10, {"EURUSD": {"SELL"}})}),
-        ("heartbeat_stale", {"account": Account(10_000.0, 10_000.0, T0 - 41)}),
-        ("account_unknown", {"account": None}),
-        ("below_min_lot", {"account": Account(10.0, 10.0, T0)}),
-        ("no_risk_budget", {"account": Account(-10.0, -10.0, T0)}),
-        ("no_risk_budget", {"slots": SlotView(1, 10, open_risk=Decimal(1000))}),
-        ("no_risk_budget", {"slots": SlotView(2, 10, unknown_risks=2)}),
-        ("symbol_unknown", {"symbol": "ACME"}),
-    ],
+    ("stated", "found"),
+    [(10.0, 40.0), (60.0, 40.0), (70.0, 45.0), (80.0, 50.0), (85.0, 67.5), (90.0, 85.0), (99.0, 85.0)],
 )
-def test_each_rule_refuses_with_its_reason_and_all_rules_are_still_shown(reason, changes):
-    verdict = decide(**changes)
-    assert not verdict.fire
-    assert reason in verdict.reasons
-    assert [rule.name for rule in verdict.rules] == [rule.name for rule in decide().rules]
+def test_a_calibrated_confidence_lies_on_the_line_between_two_knots(stated, found):
+    assert CURVE.calibrated(stated) == found
 
 
-def test_an_ea_that_never_sent_a_heartbeat_is_not_judged_by_it():
-    assert decide(account=Account(10_000.0, 10_000.0, None)).fire
+def test_the_gate_judges_the_raw_or_the_calibrated_confidence_and_always_shows_both():
+    raw = decide(known=CURVE)
+    assert raw.fire and (raw.confidence, raw.calibrated) == (85.0, 67.5)
+    judged = decide(configured(confidence="calibrated"), known=CURVE)
+    assert judged.reasons == ("confidence_outside_band",)
+    assert rule(judged, "confidence").actual == 67.5
+    assert decide(configured(confidence="calibrated"), known=CURVE, confidence=89.0).fire
+    assert decide().calibrated is None
+
+
+def test_five_percent_in_ten_slots_is_bounded_by_the_total_open_risk():
+    """The known setting allowed 50 % of the balance at risk at once; here the second full trade is the last."""
+    held, fired = [], 0
+    for _ in range(10):
+        verdict = decide(
+            slots=view(held),
+            symbol="XAUUSD",
+            entry=3374.5,
+            sl=3371.5,
+            tp=3380.0,
+            quotes={"XAUUSD": Quote(3374.4, 3374.5, T0)},
+        )
+        fired += verdict.fire
+        held += [Held("XAUUSD", "BUY", verdict.lots, verdict.risk)] * verdict.fire
+    assert fired == 3
+    assert [each.risk for each in held] == [498, 498, 3]
+    assert "total_risk_exceeded" in verdict.reasons
 
 
 def test_the_risk_of_the_slots_held_leaves_less_for_the_next():
-    verdict = decide(slots=SlotView(1, 10, open_risk=Decimal(800)))
-    assert verdict.fire
-    assert verdict.risk <= 200
+    verdict = decide(slots=view([Held("USDJPY", "BUY", None, Decimal(800))]))
+    assert verdict.fire and verdict.risk <= 200
+    shown = rule(verdict, "total_open_risk")
+    assert (shown.limit, shown.actual) == (1000.0, float(800 + verdict.risk))
 
 
-def test_lots_are_sized_from_the_price_paid_not_the_price_hoped_for():
-    later = {"EURUSD": Quote(1.17090, 1.17100, T0)}
-    assert decide(quotes=later).lots == Decimal("2.00")
+def test_the_risk_of_a_currency_counts_both_legs_of_a_pair_whatever_their_direction():
+    config = configured(max_per_currency_risk_pct=6.0, max_total_open_risk_pct=50.0)
+    euro = [Held("EURJPY", "SELL", None, Decimal(400))]
+    assert decide(config, slots=view(euro)).risk == Decimal("199.5")  # 600 less 400 of the euro
+    dollar = [Held("USDJPY", "BUY", None, Decimal(400)), Held("GBPUSD", "BUY", None, Decimal(100))]
+    verdict = decide(config, slots=view(dollar))
+    assert verdict.risk == Decimal("99.0")
+    assert rule(verdict, "currency_risk").actual == {"EUR": 99.0, "USD": 599.0}
+    assert decide(config, slots=view([Held("AUDNZD", "BUY", None, Decimal(900))])).risk == Decimal("499.5")
 
 
-def recorded_gold():
-    if not LOG.exists():
-        pytest.skip("the recorded signals of 11 August 2025 are not here")
-    rows = [json.loads(line) for line in LOG.read_text().splitlines() if line.strip()]
-    return [
-        row
-        for row in rows
-        if row.get("symbol") == "XAUUSD" and "sl" in row and abs(abs(row["entry_price"] - row["sl"]) - 0.001) < 1e-6
-    ]
+def test_a_currency_at_its_limit_refuses_by_that_rule_alone():
+    config = configured(max_per_currency_risk_pct=6.0, max_total_open_risk_pct=50.0)
+    verdict = decide(config, slots=view([Held("EURJPY", "SELL", None, Decimal(600))]))
+    assert verdict.reasons == ("currency_risk_exceeded", "no_risk_budget")
 
 
-@pytest.mark.parametrize("with_quote", [True, False])
-def test_the_nine_recorded_gold_signals_are_refused_as_sl_inside_spread(with_quote):
-    rows = recorded_gold()
-    assert len(rows) == 9
-    assert sum(80.0 <= row["confidence"] <= 89.0 for row in rows) == 3
-    bench = PluginBench(tapebus_slots, REGISTRY, {"auto_fire": True}, name="slots")
-    for number, row in enumerate(rows):
-        at = T0 + number
-        balance = {"account_number": "1", "balance": 10_000.0, "equity": 10_000.0}
-        events = [bench.event("balance_update", at, balance)]
-        if with_quote:
-            quote = {"symbol": "XAUUSD", "bid": row["entry_price"] - 0.1, "ask": row["entry_price"] + 0.1}
-            events.append(bench.event("market_data", at, quote))
-        fields = ("signal_id", "symbol", "direction", "confidence", "pattern_type", "sl", "tp")
-        data = {**{key: row[key] for key in fields}, "entry": row["entry_price"]}
-        bench.feed([*events, bench.event("signal_generated", at, data)])
-    verdicts = [wire.data for wire in bench.emitted if wire.event_type == "gate_verdict"]
-    assert len(verdicts) == 9
-    assert all("sl_inside_spread" in each["reasons"] and not each["fire"] for each in verdicts)
-    assert not [wire for wire in bench.emitted if wire.event_type == "fire_command"]
+def test_a_position_nobody_can_describe_counts_in_every_currency_with_one_full_trade():
+    verdict = decide(slots=view([Held("", "")]))
+    assert rule(verdict, "currency_risk").actual == {"EUR": 999.5, "USD": 999.5}
 
 
-def feed_signals(bench, n, at=T0, **more):
-    """One batch: the account, a quote and `n` signals of different patterns."""
-    events = [
-        bench.event("balance_update", at, {"account_number": "1", "balance": 10_000.0, "equity": 10_000.0}),
-        bench.event("market_data", at, {"symbol": "EURUSD", "bid": 1.16990, "ask": 1.17000}),
-    ]
-    for i in range(n):
-        data = {"signal_id": f"ELITE_RAPID_KALMAN_QUICKFIRE_{i}", "symbol": "EURUSD", "direction": "BUY"}
-        data |= {"confidence": 85.0, "pattern_type": "P", "entry": 1.17, "sl": 1.1685, "tp": 1.172, **more}
-        events.append(bench.event("signal_generated", at, data))
-    bench.feed(events)
-    return [wire.data for wire in bench.emitted if wire.event_type == "gate_verdict"]
+def test_every_rule_shows_its_limit_and_what_it_found():
+    shown = {each.name: (each.limit, each.actual) for each in decide(known=stops_level("0.0005")).rules}
+    assert shown["confidence"] == ([80.0, 89.0], 85.0)
+    assert shown["sl_distance"] == (0.0005, 0.0015)
+    assert shown["tp_distance"] == (0.0005, 0.002)
+    assert shown["slots"] == (10, 0)
+    assert shown["quote_age"] == (5.0, 0.0)
+    assert shown["heartbeat_age"] == (40.0, 0.0)
+    assert shown["total_open_risk"] == (1000.0, 499.5)
+    assert shown["sizing"] == (0.01, 3.33)
+    assert shown["geometry"] == ("sl < entry < tp", {"entry": 1.17, "sl": 1.1685, "tp": 1.172})
 
 
-def test_one_batch_of_signals_never_takes_more_slots_than_there_are():
-    config = {"auto_fire": True, "max_slots": 3, "risk_pct": 1.0}
-    bench = PluginBench(tapebus_slots, REGISTRY, config, name="slots")
-    verdicts = feed_signals(bench, 6)
-    assert [each["fire"] for each in verdicts] == [True] * 3 + [False] * 3
-    assert verdicts[3]["reasons"] == ["no_free_slot"]
-    fires = [wire for wire in bench.emitted if wire.event_type == "fire_command"]
-    assert len({wire.data["fire_id"] for wire in fires}) == 3
-    assert all(len(wire.data["fire_id"]) <= 20 and wire.data["execution_mode"] == "AUTO" for wire in fires)
-    assert all(wire.data["lot"] == 0.66 and wire.causation_id for wire in fires)
-    for wire in fires:
-        msgspec.convert(wire.data, REGISTRY.types["fire_command"].payload)
-    bench.feed([bench.event("fire_command", T0, wire.data) for wire in fires])
-    assert tapebus_slots.tapebus_metrics(context=bench.context)["slots"] == "3/3"
+def test_the_mirrored_signal_gets_the_mirrored_verdict():
+    """Bought at the ask with the stop below, or sold at the bid with the stop above: the same lots."""
+    up = decide(quotes=quote(1.1699, 1.1700))
+    down = decide(**SELL)
+    assert (up.fire, up.lots, up.risk) == (down.fire, down.lots, down.risk)
 
 
-def test_a_signal_published_twice_fires_once_also_after_a_restart():
-    bench = PluginBench(tapebus_slots, REGISTRY, {"auto_fire": True, "risk_pct": 1.0}, name="slots")
-    assert feed_signals(bench, 1)[0]["fire"]
-    bench.restart()
-    again = feed_signals(bench, 1)[1]
-    assert again["reasons"] == ["already_fired"]
+# -- properties ---------------------------------------------------------------------------------
+
+ODD = [math.nan, math.inf, -math.inf, 0.0, -0.0, -1.0, 1e-308, 1e308, 1e12, 5e-324]
 
 
-def test_auto_fire_is_off_by_default_and_the_verdict_still_shows_every_rule():
-    bench = PluginBench(tapebus_slots, REGISTRY, {}, name="slots")
-    (verdict,) = feed_signals(bench, 1)
-    assert (verdict["fire"], verdict["reasons"], verdict["lots"]) == (False, ["auto_fire_off"], 3.33)
-    assert [rule["passed"] for rule in verdict["rules"]].count(False) == 1
-    assert [wire.event_type for wire in bench.emitted] == ["gate_verdict"]
+class Chaos:
+    """A case of nonsense and sense mixed, read from drawn bytes."""
+
+    def __init__(self, drawn):
+        self.bytes = iter(drawn)
+
+    def pick(self, choices):
+        return choices[next(self.bytes) % len(choices)]
+
+    def figure(self, *usual):
+        return self.pick([*usual, *usual, *ODD])
+
+    def case(self):
+        symbol = self.pick(["EURUSD", "USDJPY", "XAUUSD", "ACME", ""])
+        sig = signal(
+            symbol=symbol,
+            direction=self.pick(["BUY", "SELL", "BUY", "HOLD"]),
+            confidence=self.figure(85.0, 80.0, 89.0, 79.0),
+            sl=self.figure(1.1685, 1.1714, 148.0, 3371.5, None),
+            tp=self.figure(1.1720, 1.1680, 149.0, 3380.0, None),
+            entry=self.figure(1.1700, 148.2, 3374.5, None),
+            expires_at=self.figure(None, None, T0 + 60),
+        )
+        prices = {"EURUSD": (1.1699, 1.17), "USDJPY": (148.2, 148.21), "XAUUSD": (3374.4, 3374.5)}
+        quotes = {
+            name: Quote(self.figure(bid, bid, ask), self.figure(ask, ask, bid), self.figure(T0, T0, T0 - 4, T0 - 99))
+            for name, (bid, ask) in prices.items()
+            if self.pick([True, True, False])
+        }
+        account = self.pick([None, RICH, RICH, "odd"])
+        if account == "odd":
+            account = Account(*(self.figure(10_000.0, 50.0, None) for _ in range(4)))
+        held = [
+            Held(
+                self.pick(["EURUSD", "USDJPY", "", "ACME"]),
+                self.pick(["BUY", "SELL", ""]),
+                self.pick([None, Decimal(1), Decimal("0.01")]),
+                self.pick([None, Decimal(0), Decimal(400), Decimal(10) ** 12]),
+                self.pick([Decimal(0), Decimal(100)]),
+            )
+            for _ in range(self.pick([0, 0, 1, 3]))
+        ]
+        slots = view(held, used=self.pick([len(held), 9, 10, 16]), fired=self.pick([(), (), ("S1",)]))
+        config = configured(
+            auto_fire=self.pick([True, True, False]),
+            leverage=self.pick([None, 100]),
+            confidence=self.pick(["raw", "calibrated"]),
+            commission_per_lot=self.pick([0, 7]),
+            deviation_points=self.pick([0, 10]),
+            require_on_tick=self.pick([False, True]),
+            market_hours=self.pick([False, True]),
+        )
+        facts = known(
+            own=self.pick([{}, {"EURUSD": {"tick_value": 1}}, {"EURUSD": {"stops_level": "0.01", "margin": 500}}]),
+            kill_switch=self.pick([False, False, True]),
+            disabled=self.pick([(), ("VCB_BREAKOUT",)]),
+            calibration=self.pick([(), ((0.0, 80.0), (100.0, 89.0))]),
+        )
+        return sig, account, slots, quotes, config, facts
 
 
-def test_the_kill_switch_stops_firing_across_a_restart_until_it_is_taken_back():
-    bench = PluginBench(tapebus_slots, REGISTRY, {"auto_fire": True}, name="slots")
-    bench.feed([bench.event("user_action", T0, {"action": "kill_switch_on"}, user_id="u")])
-    bench.restart()
-    assert feed_signals(bench, 1)[0]["reasons"] == ["kill_switch_on"]
-    bench.feed([bench.event("user_action", T0, {"action": "kill_switch_off"}, user_id="u")])
-    assert feed_signals(bench, 1)[1]["fire"]
+def same(one, other):
+    """Equal, also where both are not a number."""
+    return repr(one) == repr(other)
 
 
-# -- sizing -------------------------------------------------------------------------------------
-
-FIVE_PERCENT = {"risk_pct": Decimal(5), "max_total_open_risk_pct": Decimal(10), "open_risk": Decimal(0)}
-
-
-@pytest.mark.parametrize(
-    ("name", "balance", "distance", "rate", "lots", "risk"),
-    [
-        ("EURUSD", "10000", "0.0015", Quote(1, 1, T0), "3.33", "499.50"),
-        ("USDJPY", "10000", "0.15", Quote(148.215, 148.225, T0), "4.94", "499.95"),
-        ("XAUUSD", "10000", "3.00", Quote(1, 1, T0), "1.66", "498.00"),
-        ("XAGUSD", "10000", "0.05", Quote(1, 1, T0), "2.00", "500.00"),
-        ("USDCNH", "10000", "0.0030", Quote(7.12285, 7.123, T0), "11.87", "499.94"),
-        ("US30", "10000", "50", Quote(1, 1, T0), "10.0", "500.00"),
-        ("GBPJPY", "850.45", "0.24", Quote(147.7, 147.7, T0), "0.26", "42.25"),
-        ("XAUUSD", "40", "3.00", Quote(1, 1, T0), "0", "0"),
-    ],
-)
-def test_the_worked_table(name, balance, distance, rate, lots, risk):
-    symbol = lookup(name)
-    per_unit = conversion(symbol.quote, "USD", {"USD" + symbol.quote: rate}, T0, 60)
-    loss = loss_per_lot(Decimal(distance), symbol, per_unit)
-    account = Decimal(balance)
-    money = budget(balance=account, equity=account, **FIVE_PERCENT)
-    found = size(money, loss, symbol)
-    assert found.lots == Decimal(lots)
-    assert abs(found.risk - Decimal(risk)) <= Decimal("0.006")
-    assert found.reason == (None if found.lots else "below_min_lot")
+@settings(max_examples=3000)
+@given(st.binary(min_size=80, max_size=80).map(Chaos))
+def test_the_gate_never_raises_shows_every_rule_fires_iff_no_rule_objects_and_is_pure(chaos):
+    sig, account, slots, quotes, config, facts = given_case = chaos.case()
+    before = repr((sig, account, slots, quotes, config))
+    verdict = evaluate(*given_case)
+    assert [each.name for each in verdict.rules] == RULES
+    assert verdict.fire is all(each.passed for each in verdict.rules) is (verdict.reasons == ())
+    assert set(verdict.reasons) == {each.reason for each in verdict.rules if not each.passed}
+    assert before == repr((sig, account, slots, quotes, config)), "nothing given was changed"
+    assert same(verdict, evaluate(*given_case)), "the same again"
+    if not verdict.fire:
+        return
+    quoted = quotes[sig.symbol]
+    paid = quoted.ask if sig.buy else quoted.bid
+    low, high = (sig.sl, sig.tp) if sig.buy else (sig.tp, sig.sl)
+    assert low < paid < high and quoted.bid <= quoted.ask and abs(quoted.at - T0) <= 5
+    assert config.auto_fire and not facts.kill_switch and sig.pattern not in facts.disabled
+    assert slots.used < slots.maximum and sig.signal_id not in slots.fired
+    assert 0 < verdict.risk <= Decimal(str(min(account.balance, account.equity or account.balance))) * 5 / 100
+    assert verdict.lots % Decimal("0.01") == 0 and Decimal("0.01") <= verdict.lots <= 100
 
 
-def test_the_float_traps_of_the_step_are_exact():
-    for text, step in (("0.29", "0.01"), ("0.57", "0.01"), ("0.58", "0.01"), ("0.3", "0.1")):
-        assert floor_to_step(Decimal(text), Decimal(step)) == Decimal(text)
+WRONG = [
+    ("config", Config(), "auto_fire_off"),
+    ("known", known(kill_switch=True), "kill_switch_on"),
+    ("confidence", 89.1, "confidence_outside_band"),
+    ("quotes", quote(1.1699, 1.17, T0 - 9), "quote_stale"),
+    ("account", Account(10_000.0, 10_000.0, T0 - 99), "heartbeat_stale"),
+    ("slots", view(used=12), "over_limit"),
+]
 
 
-money = st.decimals(min_value=0, max_value=10**7, places=2)
-
-
-@given(
-    balance=money,
-    equity=money,
-    open_risk=money,
-    risk_pct=st.decimals(min_value=0, max_value=100, places=1),
-    distance=st.decimals(min_value="0.00001", max_value=500, places=5),
-    rate=st.decimals(min_value="0.0001", max_value=200, places=4),
-    step=st.sampled_from(["0.01", "0.1", "0.001", "1"]),
-    name=st.sampled_from(["EURUSD", "USDJPY", "XAUUSD", "XAGUSD", "US30", "BTCUSD"]),
-)
-def test_lots_are_multiples_of_the_step_and_never_exceed_the_budget(
-    balance, equity, open_risk, risk_pct, distance, rate, step, name
-):
-    symbol = msgspec.structs.replace(lookup(name), volume_step=Decimal(step), volume_min=Decimal(step))
-    loss = loss_per_lot(distance, symbol, rate)
-    allowed = budget(
-        balance=balance, equity=equity, risk_pct=risk_pct, open_risk=open_risk, max_total_open_risk_pct=Decimal(10)
-    )
-    found = size(allowed, loss, symbol)
-    base = min(Fraction(balance), Fraction(equity))
-    limit = min(base * Fraction(risk_pct) / 100, base / 10 - Fraction(open_risk))
-    exact_loss = Fraction(distance) * Fraction(symbol.contract) * Fraction(rate)
-    assert (Fraction(found.lots) / Fraction(symbol.volume_step)).denominator == 1
-    assert Fraction(found.lots) * exact_loss <= max(limit, 0)
-    assert found.lots == 0 or symbol.volume_min <= found.lots <= symbol.volume_max
-    assert (found.lots == 0) is (found.reason is not None)
-    room = Fraction(found.lots + symbol.volume_step)
-    if found.lots and room <= Fraction(symbol.volume_max):
-        assert room * exact_loss > limit * (1 - Fraction(1, 10**20))
-
-
-@given(st.decimals(min_value=1, max_value=5000, places=9), st.booleans())
-def test_a_stop_is_rounded_away_from_the_entry(sl, buy):
-    rounded = outward(sl, Decimal("0.01"), buy)
-    assert rounded % Decimal("0.01") == 0
-    assert 0 <= (sl - rounded if buy else rounded - sl) < Decimal("0.01")
-
-
-def test_a_conversion_takes_the_side_that_makes_the_loss_larger_and_refuses_a_stale_quote():
-    quotes = {"USDJPY": Quote(148.0, 149.0, T0), "GBPUSD": Quote(1.30, 1.31, T0)}
-    assert abs(conversion("JPY", "USD", quotes, T0, 60) * 148 - 1) < Decimal("1e-30")
-    assert conversion("GBP", "USD", quotes, T0, 60) == Decimal("1.31")
-    assert conversion("GBP", "USD", quotes, T0 + 61, 60) is None
-    assert conversion("CHF", "USD", quotes, T0, 60) is None
-
-
-def test_symbols_know_suffixes_and_take_the_brokers_values():
-    assert lookup("EURUSD.r").quote == "USD"
-    assert lookup("usdjpy").tick == Decimal("0.001")
-    assert lookup("ACME") is None
-    assert lookup("XAGUSD", {"XAGUSD": {"contract": 1000}}).contract == 1000
-    own = {"quote": "USD", "tick": "0.1", "contract": 1, "volume_min": 1, "volume_step": 1, "volume_max": 5}
-    assert lookup("ACME", {"ACME": own}) is None
-    assert isinstance(lookup("ACME", {"ACME": {**own, "typical_spread": "0.2"}}), Symbol)
-
-
-finite = st.floats(allow_nan=True, allow_infinity=True)
-
-
-@given(finite, finite, finite, finite, finite, finite, st.sampled_from(["EURUSD", "USDJPY", "ACME"]))
-def test_the_gate_never_raises_and_never_fires_on_nonsense(sl, tp, entry, bid, ask, balance, symbol):
-    quotes = {symbol: Quote(bid, ask, T0)}
-    verdict = decide(sl=sl, tp=tp, entry=entry, symbol=symbol, quotes=quotes, account=Account(balance, None, T0))
-    if verdict.fire:
-        assert sl < min(entry, ask) <= max(entry, ask) < tp
-        assert verdict.risk <= Decimal(str(balance)) * 5 / 100
+def test_one_wrong_thing_never_hides_another():
+    for chosen in product([False, True], repeat=len(WRONG)):
+        wrong = list(compress(WRONG, chosen))
+        assert decide(**{key: value for key, value, _ in wrong}).reasons == tuple(reason for *_, reason in wrong)

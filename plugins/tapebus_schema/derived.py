@@ -86,7 +86,10 @@ class Rule(Struct, frozen=True, gc=False, omit_defaults=True, kw_only=True):
 
 
 class GateVerdict(Struct, frozen=True, gc=False, omit_defaults=True, kw_only=True):
-    """Whether a signal may be fired, with every rule that was asked. ``risk`` in account currency."""
+    """Whether a signal may be fired, with every rule that was asked. ``risk`` and ``margin`` in account currency.
+
+    ``confidence`` is what the signal states, ``calibrated`` the win rate in percent that such signals had.
+    """
 
     signal_id: Id
     fire: bool
@@ -96,6 +99,9 @@ class GateVerdict(Struct, frozen=True, gc=False, omit_defaults=True, kw_only=Tru
     user_id: Id | None = None
     lots: Lots | None = None
     risk: Positive | None = None
+    confidence: Percent | None = None
+    calibrated: Percent | None = None
+    margin: Positive | None = None
 
 
 class SlotReserved(Struct, frozen=True, gc=False, omit_defaults=True, kw_only=True):

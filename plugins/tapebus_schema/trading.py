@@ -260,7 +260,7 @@ class SymbolSpecification(Struct, frozen=True, gc=False, omit_defaults=True, kw_
     volume_min: Price | None = None
     volume_step: Price | None = None
     volume_max: Price | None = None
-    volume_limit: Price | None = None
+    volume_limit: Positive | None = None
     stops_level: Positive | None = None
     freeze_level: Positive | None = None
     margin: Price | None = None

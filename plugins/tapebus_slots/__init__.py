@@ -29,6 +29,10 @@ TOPICS = (
     "balance_update",
     "market_data",
     "user_action",
+    "user_fire_mode",
+    "pattern_status",
+    "calibration",
+    "symbol_specification",
 )
 
 #: The engine of each context by its identity: several buses in one process share no positions.

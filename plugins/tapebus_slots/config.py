@@ -1,8 +1,9 @@
-"""The keys of ``[plugins.slots]`` with their defaults and limits."""
+"""The keys of ``[plugins.slots]`` with their defaults and limits, and what holds for one user."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -11,6 +12,10 @@ from tapebus.errors import ConfigError
 
 Percent = Annotated[float, Meta(ge=0, le=100)]
 Seconds = Annotated[float, Meta(gt=0)]
+FromZero = Annotated[float, Meta(ge=0)]
+
+#: What a ``user_fire_mode`` event may set for its user.
+FIRE_MODE = ("tier", "auto_fire", "confidence_band", "max_slots", "risk_pct")
 
 
 class PatternConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -22,36 +27,43 @@ class PatternConfig(Struct, frozen=True, forbid_unknown_fields=True):
 class Config(Struct, frozen=True, forbid_unknown_fields=True):
     """Times in seconds, percentages 0-100, money in account currency.
 
-    ``users`` overrides any other key for one user id; ``accounts`` says which user an EA
-    (its ``target_uuid``) trades for; ``symbols`` holds the broker's own contract facts.
+    ``tiers`` overrides any other key for the users of one tier, ``users`` for one user id; ``accounts`` says which
+    user an EA (its ``target_uuid``) trades for; ``symbols`` holds facts of symbols, see `tapebus_trading.symbols`.
     """
 
     auto_fire: bool = False
     max_slots: Annotated[int, Meta(ge=0)] = 10
     track_manual: bool = False
     user_id: str = "default"
+    tier: str = ""
     accounts: dict[str, str] = {}
     users: dict[str, dict[str, Any]] = {}
+    tiers: dict[str, dict[str, Any]] = {}
 
     confidence_band: tuple[Percent, Percent] = (80.0, 89.0)
+    confidence: Literal["raw", "calibrated"] = "raw"
     patterns: dict[str, PatternConfig] = {}
-    min_spread_multiple: Annotated[float, Meta(ge=0)] = 2.0
+    min_spread_multiple: FromZero = 2.0
+    require_on_tick: bool = False
     max_quote_age_s: Seconds = 5.0
     max_conversion_age_s: Seconds = 60.0
     heartbeat_max_age_s: Seconds = 40.0
     allow_opposite: bool = False
+    market_hours: bool = False
 
     risk_pct: Percent = 5.0
     max_total_open_risk_pct: Percent = 10.0
+    max_per_currency_risk_pct: Percent = 10.0
     account_currency: str = "USD"
-    commission_per_lot: Annotated[float, Meta(ge=0)] = 0.0
-    slippage_per_lot: Annotated[float, Meta(ge=0)] = 0.0
-    max_deviation: Annotated[float, Meta(ge=0)] = 0.0
+    commission_per_lot: FromZero = 0.0
+    slippage_per_lot: FromZero = 0.0
+    deviation_points: FromZero = 0.0
     max_lots: Annotated[float, Meta(gt=0)] | None = None
+    leverage: Annotated[float, Meta(gt=0)] | None = None
     symbols: dict[str, dict[str, Any]] = {}
 
     answer_timeout_s: Seconds = 30.0
-    snapshot_grace_s: Annotated[float, Meta(ge=0)] = 5.0
+    snapshot_grace_s: FromZero = 5.0
     balance_jump: Annotated[float, Meta(gt=0)] = 10.0
     stale_age_s: Seconds = 4 * 3600.0
 
@@ -69,15 +81,24 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
 def load(values: dict[str, Any]) -> Config:
     """The configuration in `values`; raises `ConfigError` naming the key that is wrong."""
     config = _convert(values, "plugins.slots")
+    for tier, own in config.tiers.items():
+        _convert({**values, **own}, f"plugins.slots.tiers.{tier}")
     for user in config.users:
         for_user(values, config, user)
     return config
 
 
-def for_user(values: dict[str, Any], config: Config, user: str) -> Config:
-    """`config` with what ``[plugins.slots.users.<user>]`` says differently."""
-    own = config.users.get(user)
-    return config if not own else _convert({**values, **own}, f"plugins.slots.users.{user}")
+def for_user(values: dict[str, Any], config: Config, user: str, mode: Mapping[str, Any] | None = None) -> Config:
+    """What holds for `user`: `values`, then its tier's table, then its own, then its last `mode`, each over the former.
+
+    `mode` holds fields of `FIRE_MODE` as the user's ``user_fire_mode`` events left them. Raises `ConfigError`.
+    """
+    own, last = config.users.get(user, {}), mode or {}
+    tier = last.get("tier", own.get("tier", config.tier))
+    theirs = config.tiers.get(tier, {})
+    if not (own or last or theirs):
+        return config
+    return _convert({**values, **theirs, **own, **last}, f"plugins.slots.users.{user}")
 
 
 def _convert(values: dict[str, Any], where: str) -> Config:

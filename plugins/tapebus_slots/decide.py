@@ -1,7 +1,6 @@
 """From a signal to its verdict and, where the gate lets it through, to the order.
 
-Holds what the gate needs besides the slot table and the quotes: the configuration of each user and
-the kill switch. Runs on the engine's consumer thread only.
+Runs on the engine's consumer thread only; the engine publishes the slot changes that come back.
 """
 
 from __future__ import annotations
@@ -13,47 +12,51 @@ from decimal import Decimal
 from typing import Any
 
 from tapebus.consumer import Context
-from tapebus_slots import config as configuration
-from tapebus_slots.gate import Account, Signal, SlotView, Verdict, evaluate
+from tapebus_slots.config import Config
+from tapebus_slots.desk import Desk
+from tapebus_slots.gate import Verdict, evaluate
 from tapebus_slots.payload import direction, get
-from tapebus_slots.sizing import Quote
+from tapebus_slots.sizing import ZERO, Quote, conversion, loss_per_lot
 from tapebus_slots.slot import AccountView, Change, Slot
 from tapebus_slots.table import SlotTable
-
-_SWITCH = "kill_switch"
+from tapebus_slots.view import Account, Held, Known, Signal, SlotView, suffix
+from tapebus_trading.money import UP, exact
 
 
 class Decider:
-    """Decides on signals; the caller publishes the slot changes that `on_signal` returns."""
+    """Decides on signals of one bus, with what its `desk` knows."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
-        self.config = configuration.load(context.config)
-        self.kill_switch = context.state.get(_SWITCH) == b"on"
+        self.desk = Desk(context.config, context.shared, context.state)
+        self.config = self.desk.config
         self.verdicts = 0
         self.fires = 0
-        self._configs: dict[str, configuration.Config] = {}
         #: Event type to handler, for the events that concern only the gate.
-        self.handlers: dict[str, Callable[[Any], None]] = {"user_action": self.on_action}
+        self.handlers: dict[str, Callable[[Any], None]] = {"user_action": self.on_action, **self.desk.handlers}
 
-    def config_of(self, user: str) -> configuration.Config:
-        found = self._configs.get(user)
-        if found is None:
-            found = self._configs[user] = configuration.for_user(self.context.config, self.config, user)
-        return found
+    @property
+    def kill_switch(self) -> bool:
+        return self.desk.kill_switch
+
+    def config_of(self, user: str) -> Config:
+        return self.desk.config_of(user)
 
     def users(self, owner: str, named: bool) -> list[str]:
         """The users a signal is judged for; `owner` is whose it is, `named` whether it says so itself."""
-        return [owner]
+        return [owner] if named else self.desk.watchers(owner)
 
     def on_signal(
         self, event: Any, table: SlotTable, quotes: Mapping[str, Quote], target: str | None
     ) -> list[Change | None]:
         """Judge the signal for the user of `table`, and fire it at the terminal `target` where nothing forbids it."""
-        signal = _signal(event)
-        verdict = evaluate(signal, _account(table), self._view(table), quotes, self.config_of(table.user_id))
+        signal = read_signal(event)
+        config, known = self.config_of(table.user_id), self.desk.known(*table.accounts)
+        view = slot_view(table, quotes, signal.at, config, known)
+        verdict = evaluate(signal, account_of(table), view, quotes, config, known)
         self.verdicts += 1
-        self.context.emit("gate_verdict", _payload(signal, verdict, table), cause=event, user_id=table.user_id)
+        payload = verdict_payload(signal, verdict, table.user_id, table.used)
+        self.context.emit("gate_verdict", payload, cause=event, user_id=table.user_id)
         return [self._fire(table, signal, verdict, event, target)] if verdict.fire else []
 
     def _fire(
@@ -63,14 +66,15 @@ class Decider:
         fire_id = short_fire_id(signal.signal_id, table.user_id)
         table.remember_fired(signal.signal_id, event.timestamp)
         self.fires += 1
+        plan = verdict.plan
+        levels = {"sl": _number(plan.sl), "tp": _number(plan.tp)}
         command = {
             "fire_id": fire_id,
             "signal_id": signal.signal_id,
             "symbol": signal.symbol,
             "direction": signal.direction,
             "entry": 0.0,
-            "sl": signal.sl,
-            "tp": signal.tp,
+            **levels,
             "lot": float(verdict.lots),
             "user_id": table.user_id,
             "execution_mode": "AUTO",
@@ -88,46 +92,35 @@ class Decider:
             fire_id,
             signal.signal_id,
             lots=float(verdict.lots),
-            risk=str(verdict.risk),
+            sl=levels["sl"],
+            loss_per_lot=str(plan.loss),
+            margin_per_lot=None if plan.margin is None else str(plan.margin),
         )
         return table.reserve(slot)
 
     def on_action(self, event: Any) -> None:
         """The kill switch; durable at once, announced only when it moves."""
         data = event.data
-        action = data.get("action") if type(data) is dict else data.action
-        if action not in ("kill_switch_on", "kill_switch_off"):
+        action = str(get(data, "action"))
+        if not self.desk.switch(action):
             return
-        wanted = action == "kill_switch_on"
-        if wanted == self.kill_switch:
-            return
-        self.kill_switch = wanted
-        self.context.state[_SWITCH] = b"on" if wanted else b"off"
+        on = self.desk.kill_switch
+        who = event.user_id or get(data, "user_id") or "unknown"
         self.context.emit(
             "alert",
             {
                 "name": "kill_switch",
-                "severity": "warning" if wanted else "info",
-                "message": f"auto-fire kill switch {action[12:]} by {event.user_id or 'unknown'}",
-                "state": "raised" if wanted else "cleared",
+                "severity": "warning" if on else "info",
+                "message": f"auto-fire kill switch {action[12:]} by {who}",
+                "state": "raised" if on else "cleared",
                 "component": "slots",
             },
             cause=event,
         )
 
-    def save(self) -> None:
-        """Write what changed into the state; called before the unit of work closes."""
-
-    def _view(self, table: SlotTable) -> SlotView:
-        held: dict[str, set[str]] = {}
-        risk, unknown = Decimal(0), 0
-        for slot in table.slots.values():
-            held.setdefault(slot.symbol, set()).add(slot.direction)
-            if slot.risk is None:
-                unknown += 1
-            else:
-                risk += Decimal(slot.risk)
-        return SlotView(table.used, table.maximum, held, risk, unknown, table.fired, self.kill_switch)
+    def on_fire_mode(self, event: Any, user: str) -> None:
+        """New limits of `user`; see `Desk.on_fire_mode`."""
+        self.desk.on_fire_mode(event, user)
 
 
 def short_fire_id(signal_id: str, user_id: str) -> str:
@@ -136,39 +129,86 @@ def short_fire_id(signal_id: str, user_id: str) -> str:
     return "a-" + b32encode(digest).decode("ascii").lower()
 
 
-def _signal(event: Any) -> Signal:
+def read_signal(event: Any) -> Signal:
+    """The gate's view of a ``signal_generated`` event; a level of 0 means that there is none."""
     data = event.data
     return Signal(
         signal_id=data.signal_id,
         symbol=data.symbol,
         direction=direction(data),
         confidence=data.confidence,
-        sl=get(data, "sl"),
-        tp=get(data, "tp"),
+        sl=get(data, "sl") or None,
+        tp=get(data, "tp") or None,
         entry=get(data, "entry", "entry_price") or None,
         pattern=get(data, "pattern_type", "pattern"),
         at=event.timestamp,
+        expires_at=get(data, "expires_at"),
     )
 
 
-def _account(table: SlotTable) -> Account | None:
+def account_of(table: SlotTable) -> Account | None:
     """The figures the gate decides on: of several accounts the poorest, and the oldest heartbeat."""
     views: list[AccountView] = [view for view in table.accounts.values() if view.balance is not None]
     beats = [view.heartbeat_at for view in table.accounts.values() if view.heartbeat_at is not None]
+    oldest = min(beats) if beats else None
     if not views:
-        return Account(heartbeat_at=min(beats)) if beats else None
+        return Account(heartbeat_at=oldest) if beats else None
     poorest = min(views, key=lambda view: view.balance or 0.0)
-    return Account(poorest.balance, poorest.equity, min(beats) if beats else None)
+    return Account(poorest.balance, poorest.equity, oldest, poorest.free_margin)
 
 
-def _payload(signal: Signal, verdict: Verdict, table: SlotTable) -> dict[str, Any]:
-    return {
+def slot_view(table: SlotTable, quotes: Mapping[str, Quote], now: float, config: Config, known: Known) -> SlotView:
+    """The slots of `table` as the gate counts them at the event time `now`."""
+    figures = [view.margin_at for view in table.accounts.values() if view.margin_at is not None]
+    shown_at = max(figures) if figures else 0.0
+    held = [_held(slot, shown_at, quotes, now, config, known) for slot in table.slots.values()]
+    return SlotView(table.used, table.maximum, held, table.fired)
+
+
+def _held(slot: Slot, shown_at: float, quotes: Mapping[str, Quote], now: float, config: Config, known: Known) -> Held:
+    lots = None if slot.lots is None else exact(slot.lots)
+    loss = None if slot.loss_per_lot is None else Decimal(slot.loss_per_lot)
+    if loss is None and slot.sl and slot.open_price:
+        loss = _loss(slot, quotes, now, config, known)
+    risk = None if loss is None or lots is None else UP.multiply(loss, lots)
+    margin = ZERO
+    if slot.margin_per_lot is not None and lots is not None and slot.since >= shown_at:
+        margin = UP.multiply(Decimal(slot.margin_per_lot), lots)
+    return Held(slot.symbol, slot.direction, lots, risk, margin)
+
+
+def _loss(slot: Slot, quotes: Mapping[str, Quote], now: float, config: Config, known: Known) -> Decimal | None:
+    """Account currency lost per lot from the opening to the stop; a stop that locks in a gain risks nothing."""
+    symbol = known.symbols.get(slot.symbol, known.broker)
+    if symbol is None:
+        return None
+    side = 1 if slot.direction == "BUY" else -1
+    distance = max(ZERO, (exact(slot.open_price or 0) - exact(slot.sl or 0)) * side)
+    age = config.max_conversion_age_s
+    rate = conversion(symbol.quote, config.account_currency, quotes, now, age, suffix(slot.symbol, symbol))
+    return loss_per_lot(distance, symbol, rate, exact(config.commission_per_lot), exact(config.slippage_per_lot))
+
+
+def verdict_payload(signal: Signal, verdict: Verdict, user: str, used: int) -> dict[str, Any]:
+    """The data of a ``gate_verdict`` event."""
+    plan = verdict.plan
+    data: dict[str, Any] = {
         "signal_id": signal.signal_id,
-        "user_id": table.user_id,
+        "user_id": user,
         "fire": verdict.fire,
         "reasons": list(verdict.reasons),
         "rules": [{"name": r.name, "limit": r.limit, "actual": r.actual, "passed": r.passed} for r in verdict.rules],
         "lots": float(verdict.lots),
         "risk": float(verdict.risk),
-        "slots_used": table.used,
+        "slots_used": used,
+        "confidence": verdict.confidence,
     }
+    if verdict.calibrated is not None:
+        data["calibrated"] = verdict.calibrated
+    if plan.margin is not None and verdict.lots:
+        data["margin"] = float(UP.multiply(plan.margin, verdict.lots))
+    return data
+
+
+def _number(value: Decimal | None) -> float | None:
+    return None if value is None else float(value)

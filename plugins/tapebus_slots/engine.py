@@ -51,6 +51,7 @@ class Engine:
             "position_closed": self.on_closed,
             "ea_heartbeat": self.on_heartbeat,
             "balance_update": self.on_balance,
+            "user_fire_mode": self.on_fire_mode,
             **self.decider.handlers,
         }
 
@@ -118,6 +119,7 @@ class Engine:
             data.fire_id,
             get(data, "signal_id"),
             lots=get(data, "lot", "lots", "volume"),
+            sl=get(data, "sl") or None,
         )
         self._publish(table, [table.reserve(slot, event.bus_seq, status)], event)
 
@@ -213,6 +215,14 @@ class Engine:
             self._balance(table, balance, event)
             self._publish(table, [], event)
 
+    def on_fire_mode(self, event: Any) -> None:
+        """New limits of a user hold from here on; a lower number of slots may leave the table over its limit."""
+        user = self.user(event)
+        self.decider.on_fire_mode(event, user)
+        table = self.table(user)
+        table.maximum = self.config_of(user).max_slots
+        self._publish(table, [], event)
+
     def on_tick(self, now: float) -> None:
         """The reconcile cycle: unanswered fires, old positions, silent terminals."""
         if self.clock and now - self.clock > _REPLAY_LAG_S:
@@ -273,6 +283,9 @@ class Engine:
         if name is not None:
             jump = self.config_of(table.user_id).balance_jump
             table.balance(name, balance, get(data, "equity"), jump, event.timestamp, event.bus_seq)
+            view, margin = table.accounts[name], get(data, "free_margin")
+            if margin is not None:
+                view.free_margin, view.margin_at = margin, event.timestamp
 
     # -- output ---------------------------------------------------------------------------------
 
@@ -340,7 +353,6 @@ class Engine:
         if not self._touched:
             return  # only quotes came, and those are not kept
         self._touched = False
-        self.decider.save()
         for table in self.tables.values():
             self._keeper.save(table)
         self._keeper.put("users", msgspec.msgpack.encode(self.users))

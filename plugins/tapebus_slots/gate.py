@@ -1,63 +1,36 @@
 """The auto-fire gate: one pure function from a signal and what is known to a fully explained verdict.
 
 Every rule is evaluated every time, also after one failed and also while auto-fire is off, so that
-a verdict always answers "what else would have stopped it?".
+a verdict always answers "what else would have stopped it?". A rule that cannot be judged because something
+is missing fails with the reason that names what is missing.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any
 
 from msgspec import Struct
 
 from tapebus_slots.config import Config
-from tapebus_slots.sizing import Quote, Sizing, budget, conversion, exact, loss_per_lot, outward, size
-from tapebus_slots.symbols import Symbol, lookup
+from tapebus_slots.plan import Plan, plan
+from tapebus_slots.sizing import Quote
+from tapebus_slots.view import Account, Known, Signal, SlotView, entry_price, finite
+from tapebus_trading.money import UP, exact
+from tapebus_trading.symbols import Symbol
 
-
-class Signal(Struct, frozen=True):
-    """What the gate needs of a signal; ``at`` is its event time, ``entry`` None for a market order."""
-
-    signal_id: str
-    symbol: str
-    direction: str
-    confidence: float
-    sl: float | None
-    tp: float | None
-    entry: float | None
-    pattern: str | None
-    at: float
-
-    @property
-    def buy(self) -> bool:
-        return self.direction == "BUY"
-
-
-class Account(Struct, frozen=True):
-    """The account's last known figures; ``heartbeat_at`` is None as long as no heartbeat was ever seen."""
-
-    balance: float | None = None
-    equity: float | None = None
-    heartbeat_at: float | None = None
-
-
-class SlotView(Struct, frozen=True):
-    """The occupancy the gate decides on, and what is held.
-
-    ``used`` is the larger of the local count (RESERVED and UNKNOWN included) and the broker's;
-    ``held`` maps a symbol to the directions held; ``open_risk`` is account currency at risk.
-    """
-
-    used: int
-    maximum: int
-    held: Mapping[str, Collection[str]] = {}
-    open_risk: Decimal = Decimal(0)
-    unknown_risks: int = 0
-    fired: Collection[str] = ()
-    kill_switch: bool = False
+#: How brokers spell who may open what; a word not listed here permits both.
+_TRADE_MODES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "disabled": ("trade_disabled", ()),
+    "0": ("trade_disabled", ()),
+    "longonly": ("long_only", ("BUY",)),
+    "1": ("long_only", ("BUY",)),
+    "shortonly": ("short_only", ("SELL",)),
+    "2": ("short_only", ("SELL",)),
+    "closeonly": ("close_only", ()),
+    "3": ("close_only", ()),
+}
 
 
 class Rule(Struct, frozen=True):
@@ -71,59 +44,71 @@ class Rule(Struct, frozen=True):
 
 
 class Verdict(Struct, frozen=True):
-    """The decision with every rule; ``lots`` and ``risk`` are what sizing allows even when it does not fire."""
+    """The decision with every rule; what `plan` sized is there also where the signal is not fired."""
 
     fire: bool
     reasons: tuple[str, ...]
     rules: tuple[Rule, ...]
-    lots: Decimal
-    risk: Decimal
+    plan: Plan
+    confidence: float
+    calibrated: float | None
+
+    @property
+    def lots(self) -> Decimal:
+        return self.plan.sizing.lots
+
+    @property
+    def risk(self) -> Decimal:
+        """What `lots` lose when the stop is hit, in account currency."""
+        return self.plan.sizing.risk
 
 
 def evaluate(
-    signal: Signal, account: Account | None, slots: SlotView, quotes: Mapping[str, Quote], config: Config
+    signal: Signal,
+    account: Account | None,
+    slots: SlotView,
+    quotes: Mapping[str, Quote],
+    config: Config,
+    known: Known,
 ) -> Verdict:
     """Decide on `signal`; pure, and never raises for any figures a broker may send."""
-    symbol = lookup(signal.symbol, config.symbols)
     quote = quotes.get(signal.symbol)
-    sizing = _size(signal, account, slots, quotes, symbol, config)
+    found = plan(signal, account, slots, quotes, config, known)
+    calibrated = known.calibrated(signal.confidence)
     rules = (
         Rule("auto_fire", True, config.auto_fire, config.auto_fire, "auto_fire_off"),
-        Rule("kill_switch", False, slots.kill_switch, not slots.kill_switch, "kill_switch_on"),
+        Rule("kill_switch", False, known.kill_switch, not known.kill_switch, "kill_switch_on"),
+        _tier(config),
         _already_fired(signal, slots),
-        _confidence(signal, config),
+        _expiry(signal, quote),
+        _pattern(signal, known),
+        _confidence(signal, calibrated, config),
+        _market(signal, config, known),
+        _trade_mode(signal, found.symbol),
         _geometry(signal, quote),
-        *_distances(signal, quote, symbol, config),
+        _on_tick(signal, found, config),
+        _distance(signal, quote, found.symbol, config, "sl"),
+        _distance(signal, quote, found.symbol, config, "tp"),
         _quote_age(signal, quote, config),
+        _account(account),
+        _heartbeat(signal, account, config),
         _occupancy(slots),
         _opposite(signal, slots, config),
-        _heartbeat(signal, account, config),
-        _account(account),
-        Rule(
-            "sizing",
-            None if symbol is None else float(symbol.volume_min),
-            float(sizing.lots),
-            sizing.reason is None,
-            sizing.reason or "ok",
-        ),
+        _total_risk(found),
+        _currency_risk(found),
+        _margin(found),
+        _sizing(found),
     )
-    reasons = tuple(rule.reason for rule in rules if not rule.passed)
-    return Verdict(not reasons, reasons, rules, sizing.lots, sizing.risk)
+    reasons = tuple(dict.fromkeys(rule.reason for rule in rules if not rule.passed))
+    return Verdict(not reasons, reasons, rules, found, signal.confidence, calibrated)
 
 
-def entry_price(signal: Signal, quote: Quote | None) -> float | None:
-    """The worst price a market order would open at now: the ask for BUY, the bid for SELL."""
-    if quote is not None and _usable(quote):
-        return quote.ask if signal.buy else quote.bid
-    return signal.entry
+# -- what people and statistics allow -----------------------------------------------------------
 
 
-def _usable(quote: Quote) -> bool:
-    return 0 < quote.bid <= quote.ask < math.inf
-
-
-def _finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
+def _tier(config: Config) -> Rule:
+    passed = not config.tiers or not config.tier or config.tier in config.tiers
+    return Rule("tier", sorted(config.tiers), config.tier, passed, "tier_unknown")
 
 
 def _already_fired(signal: Signal, slots: SlotView) -> Rule:
@@ -131,11 +116,43 @@ def _already_fired(signal: Signal, slots: SlotView) -> Rule:
     return Rule("not_fired_before", False, seen, not seen, "already_fired")
 
 
-def _confidence(signal: Signal, config: Config) -> Rule:
-    low, high = config.band(signal.pattern)
-    return Rule(
-        "confidence", [low, high], signal.confidence, low <= signal.confidence <= high, "confidence_outside_band"
-    )
+def _expiry(signal: Signal, quote: Quote | None) -> Rule:
+    now = signal.at if quote is None else max(signal.at, quote.at)
+    passed = signal.expires_at is None or now < signal.expires_at
+    return Rule("expiry", signal.expires_at, now, passed, "signal_expired")
+
+
+def _pattern(signal: Signal, known: Known) -> Rule:
+    disabled = signal.pattern in known.disabled
+    return Rule("pattern", "not disabled", signal.pattern, not disabled, "pattern_disabled")
+
+
+def _confidence(signal: Signal, calibrated: float | None, config: Config) -> Rule:
+    """The closed band against the stated confidence, or against the win rate it was found to stand for."""
+    band = config.band(signal.pattern)
+    judged = signal.confidence if config.confidence == "raw" else calibrated
+    if judged is None:
+        return Rule("confidence", list(band), None, False, "not_calibrated")
+    return Rule("confidence", list(band), judged, band[0] <= judged <= band[1], "confidence_outside_band")
+
+
+# -- the order's geometry -----------------------------------------------------------------------
+
+
+def _market(signal: Signal, config: Config, known: Known) -> Rule:
+    """The calendar, judged only with ``market_hours``: a fresh quote is the better sign of an open market."""
+    if not config.market_hours:
+        return Rule("market", None, None, True, "market_closed")
+    market = known.hours.market_of(signal.symbol)
+    return Rule("market", "open", market, known.hours.is_open(market, signal.at), "market_closed")
+
+
+def _trade_mode(signal: Signal, symbol: Symbol | None) -> Rule:
+    if symbol is None:
+        return Rule("trade_mode", signal.direction, None, False, "symbol_unknown")
+    word = symbol.trade_mode.lower().removeprefix("symbol_trade_mode_").replace("_", "")
+    reason, allowed = _TRADE_MODES.get(word, ("trade_disabled", (signal.direction,)))
+    return Rule("trade_mode", signal.direction, symbol.trade_mode or None, signal.direction in allowed, reason)
 
 
 def _geometry(signal: Signal, quote: Quote | None) -> Rule:
@@ -143,69 +160,75 @@ def _geometry(signal: Signal, quote: Quote | None) -> Rule:
     entry = signal.entry if signal.entry else entry_price(signal, quote)
     actual = {"entry": entry, "sl": signal.sl, "tp": signal.tp}
     passed = False
-    if _finite(entry) and _finite(signal.sl) and _finite(signal.tp) and signal.direction in ("BUY", "SELL"):
+    if finite(entry) and finite(signal.sl) and finite(signal.tp) and signal.direction in ("BUY", "SELL"):
         low, high = (signal.sl, signal.tp) if signal.buy else (signal.tp, signal.sl)
         passed = 0 < low < entry < high  # type: ignore[operator]
     return Rule("geometry", limit, actual, passed, "sl_tp_wrong_side")
 
 
-def _distances(signal: Signal, quote: Quote | None, symbol: Symbol | None, config: Config) -> tuple[Rule, Rule]:
-    """Both levels against the larger of the stops level and a multiple of the spread."""
-    usable = quote is not None and _usable(quote)
-    spread = exact(quote.ask) - exact(quote.bid) if usable and quote is not None else None
-    if spread is None and symbol is not None:
-        spread = symbol.typical_spread
-    least = None
-    if spread is not None:
-        least = spread * exact(config.min_spread_multiple)
-        if symbol is not None:
-            least = max(least, symbol.stops_level)
-    out = []
-    for name, level, sign in (("sl", signal.sl, -1), ("tp", signal.tp, 1)):
-        distance = _distance(signal, quote, level, sign)
-        passed = least is not None and distance is not None and distance > 0 and distance >= least
-        out.append(
-            Rule(
-                f"{name}_distance",
-                None if least is None else float(least),
-                None if distance is None else float(distance),
-                passed,
-                f"{name}_inside_spread" if least is not None else "symbol_unknown",
-            )
-        )
-    return out[0], out[1]
+def _on_tick(signal: Signal, found: Plan, config: Config) -> Rule:
+    """Whether the levels are prices the broker knows; those that are not are rounded, or refused where so configured.
+
+    What a price lacks to the symbol's digits is noise of floating point and never refused.
+    """
+    symbol = found.symbol
+    if symbol is None:
+        return Rule("price_on_tick", None, None, False, "symbol_unknown")
+    off = {}
+    for name, level in (("entry", signal.entry), ("sl", signal.sl), ("tp", signal.tp)):
+        if level and finite(level) and not _near_tick(level, symbol):
+            off[name] = level
+    return Rule(
+        "price_on_tick", float(symbol.tick), off or None, not (off and config.require_on_tick), "price_off_tick"
+    )
 
 
-def _distance(signal: Signal, quote: Quote | None, level: float | None, sign: int) -> Decimal | None:
-    """How far `level` lies on its own side, from the signal's entry or today's price, whichever is nearer."""
-    if not _finite(level):
-        return None
-    side = sign if signal.buy else -sign
-    prices = [p for p in (signal.entry, entry_price(signal, quote)) if p and math.isfinite(p)]
-    if not prices:
-        return None
-    return min((exact(level) - exact(price)) * side for price in prices)  # type: ignore[arg-type]
+def _near_tick(level: float, symbol: Symbol) -> bool:
+    steps = UP.divide(exact(level), symbol.tick)
+    return abs(steps - steps.to_integral_value()) * symbol.tick <= symbol.point * Decimal("1e-6")
+
+
+def _distance(signal: Signal, quote: Quote | None, symbol: Symbol | None, config: Config, name: str) -> Rule:
+    """One level against the larger of the stops level and a multiple of the spread.
+
+    Measured from the signal's entry or today's price, whichever is nearer; the stops level alone also from the price
+    that closes the position, as brokers measure it.
+    """
+    rule, reason = f"{name}_distance", f"{name}_inside_spread"
+    if symbol is None:
+        return Rule(rule, None, None, False, "symbol_unknown")
+    level = signal.sl if name == "sl" else signal.tp
+    side = (-1 if name == "sl" else 1) * (1 if signal.buy else -1)
+    prices = [price for price in (signal.entry, entry_price(signal, quote)) if price and finite(price)]
+    usable = quote is not None and quote.usable
+    spread = exact(quote.ask) - exact(quote.bid) if usable and quote is not None else symbol.typical_spread
+    least = max(symbol.stops_level, spread * exact(config.min_spread_multiple))
+    if not level or not finite(level) or not prices:
+        return Rule(rule, float(least), None, False, "sl_tp_wrong_side" if prices else "no_price")
+    distance = min((exact(level) - exact(price)) * side for price in prices)
+    passed = distance > 0 and distance >= least
+    if passed and usable and quote is not None:
+        closing = (exact(level) - exact(quote.bid if signal.buy else quote.ask)) * side
+        if closing < symbol.stops_level:
+            return Rule(rule, float(symbol.stops_level), float(closing), False, reason)
+    return Rule(rule, float(least), float(distance), passed, reason)
 
 
 def _quote_age(signal: Signal, quote: Quote | None, config: Config) -> Rule:
     if quote is None:
         return Rule("quote_age", config.max_quote_age_s, None, False, "quote_missing")
-    if not _usable(quote):
+    if not quote.usable:
         return Rule("quote_age", "0 < bid <= ask", [quote.bid, quote.ask], False, "quote_crossed")
     age = abs(signal.at - quote.at)
     return Rule("quote_age", config.max_quote_age_s, age, age <= config.max_quote_age_s, "quote_stale")
 
 
-def _occupancy(slots: SlotView) -> Rule:
-    reason = "over_limit" if slots.used > slots.maximum else "no_free_slot"
-    return Rule("slots", slots.maximum, slots.used, slots.used < slots.maximum, reason)
+# -- the account and what it holds --------------------------------------------------------------
 
 
-def _opposite(signal: Signal, slots: SlotView, config: Config) -> Rule:
-    other = "SELL" if signal.buy else "BUY"
-    held = sorted(slots.held.get(signal.symbol, ()))
-    passed = config.allow_opposite or other not in held
-    return Rule("opposite_position", f"no {other}", held, passed, "opposite_position")
+def _account(account: Account | None) -> Rule:
+    known = account is not None and finite(account.balance)
+    return Rule("account", "balance known", account.balance if account and known else None, known, "account_unknown")
 
 
 def _heartbeat(signal: Signal, account: Account | None, config: Config) -> Rule:
@@ -217,51 +240,51 @@ def _heartbeat(signal: Signal, account: Account | None, config: Config) -> Rule:
     return Rule("heartbeat_age", config.heartbeat_max_age_s, age, age <= config.heartbeat_max_age_s, "heartbeat_stale")
 
 
-def _account(account: Account | None) -> Rule:
-    known = account is not None and _finite(account.balance)
-    return Rule("account", "balance known", account.balance if account and known else None, known, "account_unknown")
+def _occupancy(slots: SlotView) -> Rule:
+    reason = "over_limit" if slots.used > slots.maximum else "no_free_slot"
+    return Rule("slots", slots.maximum, slots.used, slots.used < slots.maximum, reason)
 
 
-def _size(
-    signal: Signal,
-    account: Account | None,
-    slots: SlotView,
-    quotes: Mapping[str, Quote],
-    symbol: Symbol | None,
-    config: Config,
-) -> Sizing:
-    nothing = Decimal(0)
+def _opposite(signal: Signal, slots: SlotView, config: Config) -> Rule:
+    other = "SELL" if signal.buy else "BUY"
+    held = sorted({each.direction for each in slots.held if each.symbol == signal.symbol})
+    passed = config.allow_opposite or other not in held
+    return Rule("opposite_position", f"no {other}", held, passed, "opposite_position")
 
-    def refuse(reason: str) -> Sizing:
-        return Sizing(nothing, nothing, nothing, nothing, reason)
 
-    if symbol is None:
-        return refuse("symbol_unknown")
-    if account is None or not _finite(account.balance):
-        return refuse("account_unknown")
-    quote = quotes.get(signal.symbol)
-    entry = entry_price(signal, quote)
-    if not _finite(entry) or not _finite(signal.sl):
-        return refuse("no_price")
-    rate = conversion(symbol.quote, config.account_currency, quotes, signal.at, config.max_conversion_age_s)
-    if rate is None:
-        return refuse("no_conversion_rate")
-    sl = outward(exact(signal.sl), symbol.tick, signal.buy)  # type: ignore[arg-type]
-    worst = exact(entry) + exact(config.max_deviation) * (1 if signal.buy else -1)  # type: ignore[arg-type]
-    distance = worst - sl if signal.buy else sl - worst
-    if distance <= 0:
-        return refuse("sl_inside_spread")
-    loss = loss_per_lot(distance, symbol, rate, exact(config.commission_per_lot), exact(config.slippage_per_lot))
-    balance = exact(account.balance)  # type: ignore[arg-type]
-    equity = exact(account.equity) if _finite(account.equity) else balance  # type: ignore[arg-type]
-    risk_pct = exact(config.risk_pct)
-    # A position whose stop nobody knows is counted as one full trade's risk.
-    unknown = max(nothing, min(balance, equity)) * risk_pct / 100 * slots.unknown_risks
-    money = budget(
-        balance=balance,
-        equity=equity,
-        risk_pct=risk_pct,
-        open_risk=slots.open_risk + unknown,
-        max_total_open_risk_pct=exact(config.max_total_open_risk_pct),
-    )
-    return size(money, loss, symbol, None if config.max_lots is None else exact(config.max_lots))
+def _total_risk(found: Plan) -> Rule:
+    if found.limits is None:
+        return Rule("total_open_risk", None, None, False, _missing(found))
+    limit, after = found.limits.total, UP.add(found.limits.open_risk, found.share)
+    return Rule("total_open_risk", float(limit), float(after), after <= limit, "total_risk_exceeded")
+
+
+def _currency_risk(found: Plan) -> Rule:
+    """The risk of all positions that share a currency with the signal's symbol; see `Limits`."""
+    if found.limits is None:
+        return Rule("currency_risk", None, None, False, _missing(found))
+    limit = found.limits.per_currency
+    after = {currency: UP.add(risk, found.share) for currency, risk in found.limits.currencies.items()}
+    actual = {currency: float(risk) for currency, risk in after.items()}
+    return Rule("currency_risk", float(limit), actual, max(after.values()) <= limit, "currency_risk_exceeded")
+
+
+def _margin(found: Plan) -> Rule:
+    """Judged only where the margin of a lot is known: from the broker, or from a configured leverage."""
+    if found.margin is None:
+        return Rule("margin", None, None, True, "margin_exceeded")
+    needed = float(UP.multiply(found.margin, found.lots))
+    if found.free_margin is None:
+        return Rule("margin", None, needed, False, "margin_unknown")
+    limit = float(found.free_margin)
+    return Rule("margin", limit, needed, needed <= limit, "margin_exceeded")
+
+
+def _sizing(found: Plan) -> Rule:
+    reason = found.sizing.reason
+    least = float(found.least) if found.symbol is not None else None
+    return Rule("sizing", least, float(found.sizing.lots), reason is None, reason or "ok")
+
+
+def _missing(found: Plan) -> str:
+    return found.sizing.reason or "account_unknown"

@@ -1,20 +1,26 @@
 """Risk-based lot size in exact arithmetic: rounded down to the step, never above the budget.
 
 A lot size below the broker's minimum is refused, never lifted: lifting it would exceed the limit
-on exactly the accounts that can bear it least.
+on exactly the accounts that can bear it least. Whatever adds to a loss is rounded up, whatever bounds
+it is rounded down.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
+import math
+from collections.abc import Iterable, Mapping
+from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 
 from msgspec import Struct
 
-from tapebus_slots.symbols import Symbol
+from tapebus_trading.money import DOWN, UP, exact, floor_to_step
+from tapebus_trading.symbols import Symbol
 
-_UP = Context(prec=34, rounding=ROUND_CEILING)
-_DOWN = Context(prec=34, rounding=ROUND_FLOOR)
+ZERO = Decimal(0)
+#: The smallest order the bus carries: below it a lot size is refused, whatever the broker would take.
+LEAST_ORDER = Decimal("0.01")
+#: The currency over which a rate is composed where no quote of the pair itself is there.
+PIVOT = "USD"
 
 
 class Quote(Struct, frozen=True):
@@ -24,86 +30,138 @@ class Quote(Struct, frozen=True):
     ask: float
     at: float
 
+    @property
+    def usable(self) -> bool:
+        """Both prices are there and the quote is not crossed."""
+        return 0 < self.bid <= self.ask < math.inf
+
 
 class Sizing(Struct, frozen=True):
     """A lot size and what it puts at risk, in account currency; ``reason`` is set when refused (lots 0)."""
 
-    lots: Decimal
-    risk: Decimal
-    budget: Decimal
-    loss_per_lot: Decimal
+    lots: Decimal = ZERO
+    risk: Decimal = ZERO
     reason: str | None = None
 
 
-def exact(value: float | int | str | Decimal) -> Decimal:
-    """The decimal number a person reads in `value`: 0.29 is 0.29, not 0.28999999999999998."""
-    return value if isinstance(value, Decimal) else Decimal(str(value))
+class Cap(Struct, frozen=True):
+    """A bound on the lots besides the budget; ``reason`` is reported where it leaves less than the minimum."""
+
+    lots: Decimal
+    reason: str
 
 
 def loss_per_lot(
     distance: Decimal,
     symbol: Symbol,
-    rate: Decimal,
-    commission: Decimal = Decimal(0),
-    slippage: Decimal = Decimal(0),
-) -> Decimal:
+    rate: Decimal | None,
+    commission: Decimal = ZERO,
+    slippage: Decimal = ZERO,
+) -> Decimal | None:
     """Account currency lost per 1.00 lot over `distance` (price difference), rounded up.
 
-    `rate` is account currency per unit of the symbol's quote currency; `commission` (round turn) and
-    `slippage` are account currency per lot.
+    ``distance / tick * tick value`` plus costs. The value of a tick is the broker's where it sent one, else it is
+    derived from the contract and `rate`, account currency per unit of the symbol's quote currency; None where
+    neither is known. `commission` (round turn) and `slippage` are account currency per lot.
     """
-    move = _UP.multiply(_UP.multiply(distance, symbol.contract), rate)
-    return _UP.add(_UP.add(move, commission), slippage)
+    if symbol.tick_value is not None:
+        move = UP.divide(UP.multiply(distance, symbol.tick_value), symbol.tick)
+    elif rate is not None:
+        move = UP.multiply(UP.multiply(distance, symbol.contract), rate)
+    else:
+        return None
+    return UP.add(UP.add(move, commission), slippage)
 
 
-def budget(
-    *, balance: Decimal, equity: Decimal, risk_pct: Decimal, open_risk: Decimal, max_total_open_risk_pct: Decimal
-) -> Decimal:
-    """Account currency this trade may lose: its own limit or what is left of the total, never below 0."""
-    base = min(balance, equity)
-    own = _DOWN.divide(_DOWN.multiply(base, risk_pct), Decimal(100))
-    total = _DOWN.divide(_DOWN.multiply(base, max_total_open_risk_pct), Decimal(100))
-    return max(Decimal(0), min(own, _DOWN.subtract(total, open_risk)))
+def margin_per_lot(price: Decimal, symbol: Symbol, rate: Decimal | None, leverage: Decimal | None) -> Decimal | None:
+    """Account currency held back per 1.00 lot opened at `price`, rounded up; None where nobody can tell.
+
+    The broker's own figure wins; else the contract's value over `leverage`.
+    """
+    if symbol.margin is not None:
+        return symbol.margin
+    if leverage is None or rate is None:
+        return None
+    return UP.divide(UP.multiply(UP.multiply(symbol.contract, price), rate), leverage)
 
 
-def size(money: Decimal, loss: Decimal, symbol: Symbol, max_lots: Decimal | None = None) -> Sizing:
+def percent_of(base: Decimal, percent: Decimal) -> Decimal:
+    """`percent` of `base`, rounded down."""
+    return DOWN.divide(DOWN.multiply(base, percent), Decimal(100))
+
+
+def budget(own: Decimal, rooms: Iterable[Decimal]) -> Decimal:
+    """Account currency this trade may lose: `own`, or the smallest of `rooms` other limits leave; never below 0."""
+    return max(ZERO, min(own, *rooms))
+
+
+def size(money: Decimal, loss: Decimal, symbol: Symbol, caps: Iterable[Cap] = ()) -> Sizing:
     """The largest lot size whose loss stays within `money`; `loss` is per lot, see `loss_per_lot`."""
-    nothing = Decimal(0)
     if loss <= 0:
-        return Sizing(nothing, nothing, money, loss, "no_loss_per_lot")
+        return Sizing(reason="no_loss_per_lot")
     if money <= 0:
-        return Sizing(nothing, nothing, money, loss, "no_risk_budget")
-    ceiling = symbol.volume_max if max_lots is None else min(symbol.volume_max, max_lots)
-    lots = floor_to_step(min(_DOWN.divide(money, loss), ceiling), symbol.volume_step)
-    if lots < symbol.volume_min:
-        return Sizing(nothing, nothing, money, loss, "below_min_lot")
-    return Sizing(lots, _UP.multiply(lots, loss), money, loss)
+        return Sizing(reason="no_risk_budget")
+    bounds = [Cap(DOWN.divide(money, loss), "below_min_lot"), Cap(symbol.volume_max, "below_min_lot"), *caps]
+    tightest = min(bounds, key=lambda cap: cap.lots)
+    lots = floor_to_step(tightest.lots, symbol.volume_step)
+    if lots < least_lots(symbol):
+        return Sizing(reason=tightest.reason)
+    return Sizing(lots, UP.multiply(lots, loss))
 
 
-def floor_to_step(value: Decimal, step: Decimal) -> Decimal:
-    """`value` rounded down to a multiple of `step`."""
-    return (value // step) * step
+def least_lots(symbol: Symbol) -> Decimal:
+    """The smallest order: the broker's minimum, at least what the bus carries."""
+    return max(symbol.volume_min, LEAST_ORDER)
 
 
 def outward(sl: Decimal, tick: Decimal, buy: bool) -> Decimal:
     """`sl` on the tick grid, moved away from the entry where it must move: rounding never hides risk."""
-    steps = (sl / tick).to_integral_value(ROUND_FLOOR if buy else ROUND_CEILING)
-    return steps * tick
+    return _on_grid(sl, tick, ROUND_FLOOR if buy else ROUND_CEILING)
+
+
+def inward(tp: Decimal, tick: Decimal, buy: bool) -> Decimal:
+    """`tp` on the tick grid, moved towards the entry where it must move: a price that earns it is enough."""
+    return _on_grid(tp, tick, ROUND_FLOOR if buy else ROUND_CEILING)
+
+
+def _on_grid(level: Decimal, tick: Decimal, rounding: str) -> Decimal:
+    return UP.multiply(UP.divide(level, tick).to_integral_value(rounding), tick)
 
 
 def conversion(
-    quote_currency: str, account_currency: str, quotes: Mapping[str, Quote], now: float, max_age: float
+    currency: str,
+    account_currency: str,
+    quotes: Mapping[str, Quote],
+    now: float,
+    max_age: float,
+    suffix: str = "",
 ) -> Decimal | None:
-    """Account currency per unit of `quote_currency`, on the side that makes a loss larger.
+    """Account currency per unit of `currency`, on the side that makes a loss larger.
 
-    None when no quote of either pair is younger than `max_age` seconds: sizing then refuses.
+    A loss in `currency` must be bought: at the ask of the direct pair, or at the bid of the inverse one. `suffix` is
+    what the broker adds to the names of its symbols. Without a quote of the pair the rate goes over `PIVOT`. None where
+    a quote that is needed is absent, crossed or more than `max_age` seconds away from `now`: sizing then refuses.
     """
-    if quote_currency == account_currency:
-        return Decimal(1)
-    direct = quotes.get(quote_currency + account_currency)
-    if direct is not None and now - direct.at <= max_age and direct.ask > 0:
-        return exact(direct.ask)
-    inverse = quotes.get(account_currency + quote_currency)
-    if inverse is not None and now - inverse.at <= max_age and inverse.bid > 0:
-        return _UP.divide(Decimal(1), exact(inverse.bid))
+
+    def rate(bought: str, paid: str) -> Decimal | None:
+        if bought == paid:
+            return Decimal(1)
+        direct = _fresh(quotes, bought + paid, suffix, now, max_age)
+        if direct is not None:
+            return exact(direct.ask)
+        inverse = _fresh(quotes, paid + bought, suffix, now, max_age)
+        return None if inverse is None else UP.divide(Decimal(1), exact(inverse.bid))
+
+    found = rate(currency, account_currency)
+    if found is not None or PIVOT in (currency, account_currency):
+        return found
+    first, second = rate(currency, PIVOT), rate(PIVOT, account_currency)
+    return None if first is None or second is None else UP.multiply(first, second)
+
+
+def _fresh(quotes: Mapping[str, Quote], pair: str, suffix: str, now: float, max_age: float) -> Quote | None:
+    for name in (pair + suffix, pair):
+        quote = quotes.get(name)
+        if quote is not None and quote.usable and abs(now - quote.at) <= max_age:
+            return quote
     return None

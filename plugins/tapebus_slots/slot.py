@@ -63,8 +63,11 @@ class Slot(Struct, omit_defaults=True):
     open_price: float | None = None
     open_time: float | str | None = None
     lots: float | None = None
-    risk: str | None = None
     account: str | None = None
+    sl: float | None = None
+    #: As sized, in account currency; None where the gate did not size it.
+    loss_per_lot: str | None = None
+    margin_per_lot: str | None = None
     opened_lots: float | None = None
     measured_at: float | None = None
     closes: dict[str, Close] = {}
@@ -180,6 +183,8 @@ class AccountView(Struct, omit_defaults=True):
     moved: float = 0.0
     moved_at: float = 0.0
     moved_seq: int = 0
+    free_margin: float | None = None
+    margin_at: float | None = None
 
     @property
     def complete(self) -> bool:

@@ -133,17 +133,30 @@ class Registry:
         return next((self.brokers[each] for each in accounts if each in self.brokers), "")
 
     def specify(self, specification: Any) -> None:
-        """Take over what the broker says itself: the payload of a ``symbol_specification`` event."""
+        """Take over what the broker says itself: the payload of a ``symbol_specification`` event.
+
+        Raises `ConfigError` where a figure makes no sense; nothing of it is taken over then.
+        """
         name = _field(specification, "symbol")
         named = _field(specification, "broker")
         broker = named or self.broker_of(_field(specification, "target_uuid"), _field(specification, "account_number"))
-        values = {key: value for key in _SENT if (value := _field(specification, key)) is not None}
-        given = {_SENT[key]: value for key, value in values.items()}
-        point = exact(given.get("point") or Decimal(1).scaleb(-int(given.get("digits", 5))))
+        given = {mine: value for theirs, mine in _SENT.items() if (value := _field(specification, theirs)) is not None}
+        place = (name, broker)
+        before = self._sent.get(place, {})
+        if given.get("volume_limit") == 0:
+            before = {key: value for key, value in before.items() if key != "volume_limit"}
+            del given["volume_limit"]  # how brokers say that there is none
+        if "point" in given:
+            point = exact(given["point"])
+        elif "digits" in given:
+            point = Decimal(1).scaleb(-int(given["digits"]))
+        else:
+            point = (self.get(name, broker) or _nameless(name)).point
         for level in ("stops_level", "freeze_level"):
             if level in given:
                 given[level] = exact(given[level]) * point  # brokers count them in points
-        self._sent[name, broker] = self._sent.get((name, broker), {}) | given
+        _checked(given, f"symbol_specification of {name}")
+        self._sent[place] = before | given
         self._found.clear()
 
     def specifications(self) -> dict[str, dict[str, str]]:
