@@ -183,7 +183,8 @@ class PatternDetected(Struct, frozen=True, gc=False, omit_defaults=True, kw_only
 class Position(Struct, frozen=True, gc=False, omit_defaults=True, kw_only=True):
     """One open position in a terminal's snapshot.
 
-    ``ticket`` may change during a position's life (partial close, swap); ``position_id`` does not.
+    ``ticket`` may change during a position's life (partial close, swap); ``position_id`` does not. ``comment`` is
+    the order's, as far as the terminal kept it.
     """
 
     ticket: Count
@@ -196,6 +197,7 @@ class Position(Struct, frozen=True, gc=False, omit_defaults=True, kw_only=True):
     current_price: Level | None = None
     pnl: Money | None = None
     magic: Integer | None = None
+    comment: LooseId | None = None
     open_time: Time | None = None
     broker_time: BrokerTime | None = None
 

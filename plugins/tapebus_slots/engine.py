@@ -32,8 +32,9 @@ class Engine:
         self.quotes: dict[str, Quote] = {}
         self.tables = durable.load(context.state)
         self.users: dict[str, str] = dict(self.config.accounts)
-        #: The time of the last event; after a restart the latest one the tables know of.
-        self.clock = durable.last_time(self.tables.values())
+        self.clock = 0.0
+        #: The latest time the tables know of: what a tick goes by until there is an event.
+        self._before = durable.last_time(self.tables.values())
         self._keeper = durable.Keeper(context.state)
         self._touched = False
         self._quote_class: type[Any] | None = None
@@ -225,8 +226,9 @@ class Engine:
 
     def on_tick(self, now: float) -> None:
         """The reconcile cycle: unanswered fires, old positions, silent terminals."""
-        if self.clock and now - self.clock > _REPLAY_LAG_S:
-            now = self.clock
+        clock = self.clock or self._before
+        if clock and now - clock > _REPLAY_LAG_S:
+            now = clock
         self._touched = True
         for table in self.tables.values():
             config = self.config_of(table.user_id)
