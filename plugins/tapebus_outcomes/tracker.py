@@ -187,8 +187,8 @@ class Tracker:
         time = event.timestamp
         hole = time - book.known_until
         if book.by_bars:
-            book.by_bars = False
             self._settle(book, event)
+            book.by_bars = False
         book.seen += 1
         book.time, book.last = time, Quote(bid, ask)
         book.widen(bid, ask)
