@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
 import re
 import tomllib
@@ -180,21 +179,3 @@ def test_a_hook_is_used_by_a_built_in_plugin(hook):
 @pytest.mark.parametrize("hook", sorted(HOOKS))
 def test_a_hook_says_what_it_is_for(hook):
     assert inspect.getdoc(HOOKS[hook])
-
-
-#: What every plugin may import beside `tapebus` and itself; the library imports no plugin either.
-SHARED = "tapebus_trading"
-
-
-@pytest.mark.parametrize("package", sorted(each.name for each in (ROOT / "plugins").glob("tapebus_*")))
-def test_plugins_never_import_each_other(package):
-    allowed = {package, SHARED}
-    for source in (ROOT / "plugins" / package).rglob("*.py"):
-        for node in ast.walk(ast.parse(source.read_text())):
-            names: list[str] = []
-            if isinstance(node, ast.ImportFrom):
-                names = [node.module or ""]
-            elif isinstance(node, ast.Import):
-                names = [each.name for each in node.names]
-            strangers = {name for name in names if name.startswith("tapebus_") and name.split(".")[0] not in allowed}
-            assert not strangers, f"{source.relative_to(ROOT)} imports {strangers}"
