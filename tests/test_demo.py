@@ -146,7 +146,7 @@ def test_an_interrupted_demo_ends_its_processes_and_cleans_up(data_dir: Path) ->
     assert len(processes_with(data_dir)) > 1
     process.send_signal(signal.SIGINT)
     _, complaints = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, complaints
     assert "Traceback" not in complaints and "stopped" in complaints
     assert not list(data_dir.glob("tapebus-demo-*"))
     assert processes_with(data_dir) == []
