@@ -74,8 +74,8 @@ class Slot(Struct, omit_defaults=True):
     former_tickets: list[int] = []
     status: Witness | None = None
     listed: Witness | None = None
-    #: Complete snapshots in a row that lack it, by account, and that list it.
-    absent: dict[str, list[int]] = {}
+    #: Complete snapshots in a row that lack it (``bus_seq``, time), by account; how many that list it.
+    absent: dict[str, list[tuple[int, float]]] = {}
     listings: int = 0
     #: When a list last had it; whether its opening was announced; whether its age was asked about.
     listed_at: float | None = None
@@ -159,6 +159,11 @@ class Ended(Struct, frozen=True, array_like=True):
     position_id: int | None = None
     account: str | None = None
     evidence: tuple[str, ...] = ()
+    was_open: bool = True
+
+    def may_open(self, at: float) -> bool:
+        """Whether a fill at `at` is news: of an order refused before, or one given up that was carried out later."""
+        return self.method == "rejected" or (self.method == "snapshot" and not self.was_open and at > self.at)
 
 
 class AccountView(Struct, omit_defaults=True):

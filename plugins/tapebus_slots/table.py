@@ -103,7 +103,7 @@ class SlotTable(Struct):
         """A fill: the position is open and occupies its slot. A fill is never a close."""
         held = self.slots.get(slot.key)
         ended = self._ended(slot.key, slot.ticket, slot.position_id, slot.account) if held is None else None
-        if ended is not None and ended.method != "rejected":
+        if ended is not None and not ended.may_open(slot.since):
             return []
         changes: list[Change] = []
         twin = self.find(None, slot.ticket, slot.position_id)
@@ -120,7 +120,8 @@ class SlotTable(Struct):
             self._forget(slot.key)
             self.slots[slot.key] = held = slot
         held.learn(slot)
-        held.heard("held", says, slot.since, "strong", seq, after=True)
+        if held.status is None or held.status.believes != "gone" or held.status.at < slot.since:
+            held.heard("held", says, slot.since, "strong", seq, after=True)
         if held.state in ("RESERVED", "UNKNOWN"):
             if held.all_closed:
                 # The report of the close was faster than the confirmation, which alone knew what was opened.
@@ -164,7 +165,9 @@ class SlotTable(Struct):
             return None
         proof = (*evidence, *testimony(self.witnesses_of(slot, at)))
         del self.slots[slot.key]
-        self.ended[slot.key] = Ended(method, at, slot.ticket, slot.position_id, slot.account, proof)
+        self.ended[slot.key] = Ended(
+            method, at, slot.ticket, slot.position_id, slot.account, proof, slot.state in ("OPEN", "RELEASING")
+        )
         self.unsaved.add(("ended", slot.key))
         _bound(self.ended, "ended", self.unsaved)
         view = self.view(slot)
@@ -210,8 +213,9 @@ class SlotTable(Struct):
         """Take over a heartbeat. An incomplete one may only change the count, never release.
 
         One more than `max_age` seconds behind `now` (the time of the event before it) or not newer than the last
-        one is no evidence, and one with the mark of the last is that one again: no second proof of anything.
-        `grace`: seconds a position must be older than the snapshot before its absence means anything.
+        one is no evidence, and one whose mark is no later than the last one's is that one again: no second proof.
+        `grace`: seconds a position must be older than the snapshot before its absence means anything, and that
+        lie between two proofs (what waited somewhere arrives in one go).
         """
         if snapshot.account not in self.accounts:
             self.accounts[snapshot.account] = self.accounts.pop("", AccountView())
@@ -220,7 +224,7 @@ class SlotTable(Struct):
             view.heartbeat_at = None  # stamped by a clock that was ahead: it must not mute the heartbeats after it
         if snapshot.at < now - max_age or (view.heartbeat_at is not None and snapshot.at <= view.heartbeat_at):
             return []
-        before, again = view.count, snapshot.mark != "" and snapshot.mark == view.mark
+        before, again = view.count, snapshot.mark != "" and snapshot.mark <= view.mark
         mine = [slot for slot in self.slots.values() if slot.account in (None, snapshot.account)]
         self._count(view, snapshot, mine, grace)
         pairs, strangers = match(mine, snapshot.positions or ())
@@ -284,16 +288,19 @@ class SlotTable(Struct):
         slot.listings = 0
         if slot.state == "RESERVED" or snapshot.at < slot.since + grace:
             return []
-        seqs = [*slot.absent.get(snapshot.account, ()), snapshot.seq][-SNAPSHOTS_TO_SETTLE:]
-        slot.absent = {**slot.absent, snapshot.account: seqs}
-        says = f"absent from {len(seqs)} of {SNAPSHOTS_TO_SETTLE} complete lists"
-        slot.listed = Witness("gone", says, snapshot.at, "snapshot", seqs)
+        seen = slot.absent.get(snapshot.account, [])
+        if seen and snapshot.at < seen[-1][1] + grace:
+            return []
+        seen = [*seen, (snapshot.seq, snapshot.at)][-SNAPSHOTS_TO_SETTLE:]
+        slot.absent = {**slot.absent, snapshot.account: seen}
+        says = f"absent from {len(seen)} of {SNAPSHOTS_TO_SETTLE} complete lists"
+        slot.listed = Witness("gone", says, snapshot.at, "snapshot", [seq for seq, _ in seen])
         accounts = list(self.accounts) if slot.account is None else [slot.account]
         if any(len(slot.absent.get(account, ())) < SNAPSHOTS_TO_SETTLE for account in accounts):
             slot.state = "RELEASING" if slot.state == "OPEN" else slot.state
             self.ask(f"absent:{slot.key}")
             return []
-        evidence = [f"snapshot@{seq}" for account in accounts for seq in slot.absent[account]]
+        evidence = [f"snapshot@{seq}" for account in accounts for seq, _ in slot.absent[account]]
         change = self.release(slot, "snapshot", evidence, snapshot.at)
         return [] if change is None else [change]
 
