@@ -290,7 +290,7 @@ def test_state_is_written_by_changed_keys_only() -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("rule", "gut"), ("alpha", 0), ("alpha", 1), ("min_signals", 0), ("cluster_s", -1), ("treshold", 0.4)],
+    [("rule", "gut"), ("alpha", 0), ("alpha", 1), ("min_signals", 0), ("cluster_s", -1), ("minimum", 20)],
 )
 def test_a_wrong_key_or_value_is_named(key: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=key):

@@ -16,7 +16,7 @@ import pytest
 from tapebus import Tape
 from tapebus.plugins import call_one, load
 from tapebus_demo.market import INSTRUMENTS, Market
-from tapebus_demo.results import by_pattern, wilson
+from tapebus_demo.results import by_pattern
 
 
 def command(*arguments: str) -> list[str]:
@@ -166,14 +166,6 @@ def test_the_same_seed_gives_the_same_prices() -> None:
     assert {each.symbol for each in quotes} == {each.symbol for each in INSTRUMENTS}
     assert len(INSTRUMENTS) == 16
     assert all(0 < each.bid <= each.ask for each in quotes)
-
-
-@pytest.mark.parametrize(
-    ("wins", "n", "low", "high"),
-    [(0, 0, 0.0, 1.0), (4, 4, 0.5101, 1.0), (6, 9, 0.3542, 0.8794), (0, 2, 0.0, 0.6576), (12, 13, 0.6669, 0.9863)],
-)
-def test_wilson_intervals_match_the_reference_table(wins: int, n: int, low: float, high: float) -> None:
-    assert wilson(wins, n) == pytest.approx((low, high), abs=5e-4)
 
 
 def test_timeouts_are_neither_wins_nor_losses() -> None:

@@ -90,7 +90,9 @@ class Plugins(Struct, frozen=True, forbid_unknown_fields=True):
     With ``[plugins.trusted]`` only what it lists is imported, see `tapebus.trust`.
     """
 
-    enabled: list[str] = msgspec.field(default_factory=lambda: ["schema", "store", "outcomes", "slots", "telegram"])
+    enabled: list[str] = msgspec.field(
+        default_factory=lambda: ["schema", "store", "outcomes", "slots", "analytics", "telegram"]
+    )
     tables: dict[str, dict[str, Any]] = {}
     trusted: dict[str, Trusted] | None = None
 

@@ -86,7 +86,7 @@ def result(report: Report, since: str | None, until: str | None, status: dict[st
             known = status.get(name)
             row["status"] = known.status if known is not None else "active"
             row["status_by"] = known.by if known is not None else None
-            row["status_reason"] = known.reason if known is not None else None
+            row["status_since"] = known.since if known is not None else None
     found[plural(report.by)] = rows
     found["recommendation"] = "; ".join(report.recommendations())
     return {**found, "overall": overall}

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from tapebus.cli.common import clock
 from tapebus_analytics.report import SPEAK_FROM, UNDECIDED, plural
 
 WIDTH = 100
@@ -96,8 +97,9 @@ def _notes(console: Console, found: dict[str, Any], rows: dict[str, dict[str, An
     if not any(row["verdict"] for row in rows.values()):
         console.print("no rate here is proven to differ from breakeven")
     for name, row in rows.items():
-        if row.get("status", "active") != "active":
-            console.print(escape(f"{name}: {row['status_reason']}"))
+        if row.get("status") == "disabled":
+            who, when = escape(row["status_by"]), clock(row["status_since"])
+            console.print(f"[red]{escape(name)} is disabled[/] by {who} since {when}")
     if found["recommendation"]:
         console.print(f"[yellow]{escape(found['recommendation'])}[/]")
 
@@ -130,21 +132,20 @@ def _calibration(console: Console, found: dict[str, Any]) -> None:
 
 def _scores(console: Console, found: dict[str, Any]) -> None:
     later = found["later"]
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("")
     columns = [("as stated", found["stated"])]
     if later["stated"] is not None:
-        columns += [("later trades as stated", later["stated"]), ("later trades calibrated", later["calibrated"])]
-    for name, score in columns:
-        table.add_column(f"{name}, n = {score['n']}", justify="right")
+        columns += [("later", later["stated"]), ("later, calibrated", later["calibrated"])]
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("")
+    for name, _ in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_row("trades", *(str(score["n"]) for _, score in columns))
     for key, label in _FIELDS.items():
         table.add_row(label, *("" if score[key] is None else f"{score[key]:.4f}" for _, score in columns))
     console.print(table)
     console.print(
-        f"the curve ({later['method']}) was fitted on the {later['fitted_on']} trades before those it is judged by"
+        f"calibrated: by a curve ({later['method']}) of the {later['fitted_on']} trades before the later ones"
     )
     force = found["in_force"]
-    if force is None:
-        console.print("no calibration is in force")
-    else:
-        console.print(f"in force: version {force['version']}, {force['method']} over {force['n']} trades")
+    text = "none" if force is None else f"version {force['version']}, {force['method']} over {force['n']} trades"
+    console.print(f"calibration in force: {text}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tapebus import Tape
 from tapebus.events import to_dict
 from tapebus.plugins import load
+from tapebus_trading.proportions import wilson
 
 if TYPE_CHECKING:
     from tapebus_demo.session import Session
@@ -27,16 +27,6 @@ STEPS = {
     "slot_released": "slot released",
 }
 SEQUENCED = ("market", "signals", "terminal", "burst")
-
-
-def wilson(wins: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """The 95 % Wilson interval of a rate, as fractions; (0, 1) when nothing is known."""
-    if n == 0:
-        return 0.0, 1.0
-    p = wins / n
-    centre, scale = p + z * z / (2 * n), 1 + z * z / n
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
 
 
 def by_pattern(outcomes: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ BURST_PROCESSES = 2
 SETTLE_S = 6.0
 #: Seconds a process may take to get ready, and the bus to catch up.
 PATIENCE_S = 20.0
-PLUGINS = ("schema", "store", "outcomes", "slots", "telegram")
+PLUGINS = ("schema", "store", "outcomes", "slots", "analytics", "telegram")
 
 Show = Callable[[str, dict[str, Any]], None]
 
