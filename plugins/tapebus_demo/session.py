@@ -7,6 +7,7 @@ import logging
 import os
 import select
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -122,6 +123,7 @@ class Session:
         self.probe = LatencyProbe()
         self.slots_peak = 0
         self.caught_up_s = 0.0
+        self._interrupted = False
 
     def __enter__(self) -> Session:
         return self
@@ -143,14 +145,23 @@ class Session:
         # Producers of the demo break things on purpose; what the bus says to that stands in the summary.
         logging.getLogger("tapebus").setLevel(logging.ERROR)
         self.runtime = Runtime(self.config, plugins=[("latency", self.probe)])
-        with self.runtime:
-            try:
-                self._play()
-            finally:
-                # While the bus still runs: a producer that cannot reach it would wait before it ends.
-                self._end_processes()
-            self.stats = self.runtime.stats()
+        before = signal.signal(signal.SIGINT, self._on_interrupt)
+        try:
+            with self.runtime:
+                try:
+                    self._play()
+                finally:
+                    # While the bus still runs: a producer that cannot reach it would wait before it ends.
+                    self._end_processes()
+                self.stats = self.runtime.stats()
+        finally:
+            signal.signal(signal.SIGINT, before)
         return results.summarise(self, time.monotonic() - began)
+
+    def _on_interrupt(self, number: int, frame: Any) -> None:
+        # what is raised inside a finalizer is lost, so the next look at the figures asks as well
+        self._interrupted = True
+        raise KeyboardInterrupt
 
     def accounts(self, role: str) -> list[dict[str, Any]]:
         return [each.account for each in self._processes if each.role == role]
@@ -207,6 +218,8 @@ class Session:
         """Show figures until `seconds` have passed or `ended` says so."""
         deadline = time.monotonic() + seconds
         while True:
+            if self._interrupted:
+                raise KeyboardInterrupt
             stats = self.runtime.stats()
             used = int(str(stats["plugins"]["slots"]["metrics"]["slots"]).partition("/")[0])
             self.slots_peak = max(self.slots_peak, used)
