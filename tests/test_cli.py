@@ -167,7 +167,7 @@ def test_the_examples_in_a_help_are_understood(capsys, command):
 def test_help_names_every_command_of_the_core_and_of_plugins(capsys):
     assert main(["--help"]) == 0
     listed = capsys.readouterr().out
-    assert [name for name in [*_COMMANDS, "demo", "import"] if f"\n  {name} " not in listed] == []
+    assert [name for name in [*_COMMANDS, "demo", "explain", "import"] if f"\n  {name} " not in listed] == []
 
 
 @pytest.mark.parametrize("name", _COMMANDS)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tapebus.consumer import Consumer, Context
 from tapebus.hookspecs import hookimpl
 from tapebus_outcomes.tracker import Tracker
+
+if TYPE_CHECKING:
+    import click
 
 __all__ = ["Tracker"]
 
@@ -51,3 +54,11 @@ def tapebus_health(context: Context) -> dict[str, Any]:
 @hookimpl
 def tapebus_stop(context: Context) -> None:
     _trackers.pop(id(context), None)
+
+
+@hookimpl
+def tapebus_register_commands(cli: click.Group) -> None:
+    """Add ``tapebus explain``."""
+    from tapebus_outcomes.cli import explain
+
+    cli.add_command(explain)
