@@ -326,7 +326,9 @@ class Tracker:
     def _verdict(self, signal: Signal, price: float | None, target: bool) -> str:
         if price is not None and signal.entry is not None:
             risk = abs(signal.entry - signal.sl) if signal.sl is not None else 0.0
-            if abs(price - signal.entry) < max(self._of(signal.symbol)[1], self.settings.breakeven_r * risk):
+            if tidy(abs(price - signal.entry)) < max(
+                self._of(signal.symbol)[1], tidy(self.settings.breakeven_r * risk)
+            ):
                 return BREAKEVEN
         return WIN if target else LOSS
 
