@@ -17,6 +17,7 @@ from tapebus_slots.config import Config
 from tapebus_slots.gate import evaluate
 from tapebus_slots.sizing import Quote
 from tapebus_slots.view import Account, Held
+from tapebus_trading.calibration import Curve
 from tapebus_trading.sessions import Hours
 
 RULES = [
@@ -276,7 +277,7 @@ def test_a_pattern_may_have_a_band_of_its_own():
     assert decide(config, confidence=85.0, pattern="BOS_RETEST").fire
 
 
-CURVE = known(calibration=[(60.0, 40.0), (80.0, 50.0), (90.0, 85.0)])
+CURVE = known(calibration=Curve([(60.0, 40.0), (80.0, 50.0), (90.0, 85.0)]))
 
 
 @pytest.mark.parametrize(
@@ -426,7 +427,7 @@ class Chaos:
             own=self.pick([{}, {"EURUSD": {"tick_value": 1}}, {"EURUSD": {"stops_level": "0.01", "margin": 500}}]),
             kill_switch=self.pick([False, False, True]),
             disabled=self.pick([(), ("VCB_BREAKOUT",)]),
-            calibration=self.pick([(), ((0.0, 80.0), (100.0, 89.0))]),
+            calibration=self.pick([None, Curve([(0.0, 80.0), (100.0, 89.0)])]),
         )
         return sig, account, slots, quotes, config, facts
 

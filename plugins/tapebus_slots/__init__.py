@@ -74,10 +74,12 @@ def tapebus_register_consumers(context: Context) -> list[Consumer]:
 
 @hookimpl
 def tapebus_register_commands(cli: click.Group) -> None:
-    """Add ``tapebus slots``."""
+    """Add ``tapebus slots`` and ``tapebus whatif``."""
     from tapebus_slots.cli import slots
+    from tapebus_slots.whatif_cli import whatif
 
     cli.add_command(slots)
+    cli.add_command(whatif)
 
 
 @hookimpl

@@ -16,6 +16,7 @@ from tapebus_slots import config as configuration
 from tapebus_slots.config import FIRE_MODE, Config
 from tapebus_slots.payload import get
 from tapebus_slots.view import Known
+from tapebus_trading.calibration import Curve
 from tapebus_trading.sessions import hours
 from tapebus_trading.symbols import Registry
 
@@ -41,7 +42,7 @@ class Desk:
         self._state = state
         self._modes = {key[len(_MODE) :]: json.decode(state[key]) for key in state if key.startswith(_MODE)}
         self._disabled: list[str] = json.decode(state.get(_PATTERNS, b"[]"))
-        self._knots: list[tuple[float, float]] = json.decode(state.get(_CALIBRATION, b"[]"))
+        self._curve = _curve(json.decode(state.get(_CALIBRATION, b"[]")))
         self.symbols.restore(json.decode(state.get(_SYMBOLS, b"{}")))
         self._configs: dict[str, Config] = {}
         #: Event type to what it changes, for the events that concern no user's slots.
@@ -76,7 +77,7 @@ class Desk:
             self.symbols.broker_of(*accounts),
             self.kill_switch,
             self._disabled,
-            self._knots,
+            self._curve,
             self.hours,
         )
 
@@ -111,10 +112,14 @@ class Desk:
         knots = [(float(stated), float(found)) for stated, found in event.data.knots]
         if any(later[0] < earlier[0] for earlier, later in pairwise(knots)):
             raise ValueError("calibration: the knots must ascend by stated confidence")
-        self._knots = knots
+        self._curve = _curve(knots)
         self._state[_CALIBRATION] = json.encode(knots)
 
     def on_specification(self, event: Any) -> None:
         """The broker's own facts; a figure that makes no sense is refused and changes nothing."""
         self.symbols.specify(event.data)
         self._state[_SYMBOLS] = json.encode(self.symbols.specifications())
+
+
+def _curve(knots: list[tuple[float, float]]) -> Curve | None:
+    return Curve(knots) if knots else None

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from decimal import Decimal
-from itertools import pairwise
 
 from msgspec import Struct
 
 from tapebus_slots.sizing import Quote
+from tapebus_trading.calibration import Curve
 from tapebus_trading.sessions import Hours
 from tapebus_trading.symbols import Registry, Symbol
 
@@ -70,27 +70,20 @@ class SlotView(Struct, frozen=True):
 
 
 class Known(Struct, frozen=True):
-    """What else the desk knows: facts of symbols at the user's broker, switches, and what statistics found.
-
-    ``calibration`` holds pairs of stated and calibrated confidence, ascending; empty where none was ever fitted.
-    """
+    """What else the desk knows: facts of symbols at the user's broker, switches, and what statistics found."""
 
     symbols: Registry
     broker: str = ""
     kill_switch: bool = False
     disabled: Collection[str] = ()
-    calibration: Sequence[tuple[float, float]] = ()
+    calibration: Curve | None = None
     hours: Hours = Hours()
 
     def calibrated(self, confidence: float) -> float | None:
         """The win rate, in percent, that signals of this stated confidence had; None where nobody knows."""
-        knots = self.calibration
-        if not knots or not math.isfinite(confidence):
+        if self.calibration is None or not math.isfinite(confidence):
             return None
-        for (low, at_low), (high, at_high) in pairwise(knots):
-            if low <= confidence < high:
-                return at_low + (at_high - at_low) * (confidence - low) / (high - low)
-        return knots[0][1] if confidence < knots[0][0] else knots[-1][1]
+        return self.calibration.apply(confidence)
 
 
 def suffix(name: str, symbol: Symbol) -> str:
