@@ -218,7 +218,10 @@ def make_bus(data_dir: Path, free_ports: Callable[[int], list[int]]) -> Iterator
     """``make_bus(plugins=[...], extra="toml")``: a `Bus` not started yet; all are ended after the test."""
     made: list[Bus] = []
 
-    def make(plugins: Sequence[str] = ("schema", "store", "outcomes", "slots", "telegram"), extra: str = "") -> Bus:
+    def make(
+        plugins: Sequence[str] = ("schema", "store", "outcomes", "slots", "analytics", "alerts", "telegram"),
+        extra: str = "",
+    ) -> Bus:
         directory = data_dir / str(len(made))
         directory.mkdir()
         made.append(Bus(directory, free_ports(3), plugins, extra))

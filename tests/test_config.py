@@ -31,7 +31,7 @@ def test_without_a_file_everything_has_a_loopback_default(tmp_path):
     assert config.listen.feed == "tcp://127.0.0.1:5570"
     assert config.acked_endpoints[0] == "tcp://127.0.0.1:5572"
     assert all(is_loopback(each) for each in [config.control_endpoint, *config.acked_endpoints])
-    assert config.plugins.enabled == ["schema", "store", "outcomes", "slots", "analytics", "telegram"]
+    assert config.plugins.enabled == ["schema", "store", "outcomes", "slots", "analytics", "alerts", "telegram"]
 
 
 def test_environment_wins_over_the_file_and_the_argument_over_both(tmp_path):

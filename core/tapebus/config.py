@@ -91,7 +91,7 @@ class Plugins(Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     enabled: list[str] = msgspec.field(
-        default_factory=lambda: ["schema", "store", "outcomes", "slots", "analytics", "telegram"]
+        default_factory=lambda: ["schema", "store", "outcomes", "slots", "analytics", "alerts", "telegram"]
     )
     tables: dict[str, dict[str, Any]] = {}
     trusted: dict[str, Trusted] | None = None

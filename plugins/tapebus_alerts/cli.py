@@ -13,6 +13,8 @@ from tapebus.cli.common import When, clock, json_option, open_tape, table, with_
 from tapebus.config import Config
 from tapebus_alerts.watch import field, span
 
+_COLOURS = {"critical": "red", "error": "red", "warning": "yellow", "cleared": "green"}
+
 
 @click.command(short_help="Show which alerts are raised.")
 @click.option("--all", "everything", is_flag=True, help="Also those that are over.")
@@ -20,7 +22,7 @@ from tapebus_alerts.watch import field, span
 @json_option
 @with_config
 def alerts(config: Config, everything: bool, since: float | None, as_json: bool) -> int:
-    """Show which alerts are raised, since when, and the last value told against its threshold.
+    """Show which alerts are raised, since when, and the value that was told last.
 
     Read from the tape, so it works whether the bus runs or not. Exits 1 while an alert is raised, 0 while none is.
 
@@ -70,25 +72,22 @@ def standing(events: Iterable[Any]) -> list[dict[str, Any]]:
 
 
 def _print(rows: list[dict[str, Any]], now: float, everything: bool) -> None:
-    columns = ["severity", "alert", "since", "for", "value", "limit", "message"]
+    states = ["cleared" if each["state"] == "cleared" else each["severity"] for each in rows]
     cells = []
-    for each in rows:
-        end = each["at"] if each["state"] == "cleared" else now
-        cells.append(
-            (
-                "cleared" if each["state"] == "cleared" else each["severity"],
-                each["name"],
-                clock(each["since"]),
-                span(max(0.0, end - each["since"])),
-                _figure(each["value"]),
-                _figure(each["threshold"], each["unit"]),
-                each["message"],
-            )
-        )
-    table(columns, cells, empty="no alerts" if everything else "no alert is raised")
+    for each, state in zip(rows, states, strict=True):
+        end = each["at"] if state == "cleared" else now
+        since, lasted = _short(each["since"], now), span(max(0.0, end - each["since"]))
+        cells.append((state, each["name"], since, lasted, _figure(each["value"], each["unit"]), each["message"]))
+    empty = "no alerts" if everything else "no alert is raised"
+    columns = ("state", "alert", "since (UTC)", "for", "value", "message")
+    table(columns, cells, empty=empty, colours=[_COLOURS.get(each) for each in states])
 
 
-def _figure(value: float | None, unit: str | None = None) -> str:
-    if value is None:
-        return ""
-    return f"{value:,.10g} {unit}" if unit else f"{value:,.4g}"
+def _short(at: float, now: float) -> str:
+    """The time of day within the last day, else the day and the time."""
+    text = clock(at)
+    return text[11:] if 0 <= now - at < 86400 else text[5:16]
+
+
+def _figure(value: float | None, unit: str | None) -> str:
+    return "" if value is None else f"{value:,.4g} {unit or ''}".strip()

@@ -175,7 +175,10 @@ class ErrorRateWatch(FiguresWatch[ErrorRate]):
         window = self.rule.window_s
         for row in self.consumers(moment, self.rule.consumers):
             name = row["name"]
-            rise = self._rises.setdefault(name, Rise(window))
+            rise = self._rises.get(name)
+            if rise is None:
+                rise = self._rises[name] = Rise(window)
+                rise.seed(moment.awake, {})  # a bus that starts counts from 0
             grown = rise.add(moment.at, {"handled": row["handled"], "errors": row["errors"]})
             errors = grown.get("errors", 0)
             total = errors + grown.get("handled", 0)
@@ -221,9 +224,13 @@ class DeadLettersWatch(FiguresWatch[DeadLetters]):
     def __init__(self, rule: DeadLetters, state: MutableMapping[str, bytes]) -> None:
         super().__init__(rule, state)
         self._rise = Rise(rule.window_s)
+        self._seeded = False
 
     def check(self, moment: Moment) -> Iterator[Reading]:
         found = dict(moment.figures["bus"]["dead_letters"])
+        if not self._seeded:
+            self._seeded = True
+            self._rise.seed(moment.awake, dict(found))  # kept on the tape, while consumers count from 0
         found |= {f"{row['name']} failed": row["errors"] for row in moment.figures["consumers"]}
         grown = self._rise.add(moment.at, found)
         where = ", ".join(f"{reason} {count:,}" for reason, count in sorted(grown.items(), key=lambda e: -e[1])[:3])

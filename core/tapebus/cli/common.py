@@ -183,8 +183,17 @@ def cut(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, empty: str = "none") -> None:
-    """Print aligned columns within 100; numbers to the right, the last text column gives way."""
+def table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    *,
+    empty: str = "none",
+    colours: Sequence[str | None] | None = None,
+) -> None:
+    """Print aligned columns within 100; numbers to the right, the last text column gives way.
+
+    On a terminal each row has its colour in `colours`.
+    """
     found = [["" if cell is None else cell for cell in row] for row in rows]
     if not found:
         click.echo(empty)
@@ -195,10 +204,11 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, empty: str =
     while sum(widths) + 2 * (len(widths) - 1) > WIDTH:
         widest = max(range(len(widths)), key=lambda i: (widths[i], i))
         widths[widest] -= 1
-    for row in [list(columns), *texts]:
+    for row, colour in zip([list(columns), *texts], [None, *(colours or [None] * len(texts))], strict=True):
         cells = [cut(row[i], widths[i]) for i in range(len(columns))]
         pads = [cells[i].rjust(widths[i]) if right[i] else cells[i].ljust(widths[i]) for i in range(len(columns))]
-        click.echo("  ".join(pads).rstrip())
+        line = "  ".join(pads).rstrip()
+        click.echo(click.style(line, fg=colour) if colour else line)
 
 
 def amount(counts: Any) -> int:
