@@ -82,7 +82,7 @@ class Desk:
         data = {"target_uuid": terminal, "balance": balance, "equity": equity, "open_positions": 0, "positions": []}
         self.event("ea_heartbeat", data)
 
-    def outcome(self, r: float, fired: bool = True) -> None:
+    def outcome(self, r: float, fired: bool = True, **more: Any) -> None:
         data = {
             "signal_id": "S",
             "symbol": "EURUSD",
@@ -96,6 +96,7 @@ class Desk:
             "quotes_seen": 10,
             "fired": fired,
             "r": r,
+            **more,
         }
         self.event("signal_outcome", data)
 
@@ -333,6 +334,14 @@ def test_a_drawdown_in_r_is_measured_from_the_highest_point_of_fired_signals():
     desk.outcome(1.2)
     desk.wait(1)
     assert desk.told == ["cleared r"]
+
+
+def test_losses_that_were_imported_are_no_drawdown_of_today():
+    desk = Desk({"kind": "drawdown", "name": "r", "measure": "r", "threshold": 3.0, "fired_only": False})
+    for _ in range(9):
+        desk.outcome(-1.0, origin="truth_log.jsonl:1")
+    desk.wait(1)
+    assert desk.told == []
 
 
 def test_a_drawdown_ends_when_its_losses_leave_the_window():

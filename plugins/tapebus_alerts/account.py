@@ -47,7 +47,8 @@ class DrawdownRWatch(Watch[Drawdown]):
 
     def see(self, event: Any, at: float) -> None:
         r = field(event.data, "r")
-        if r is None or (self.rule.fired_only and not field(event.data, "fired")):
+        imported = field(event.data, "origin") is not None  # it arrives now and was lost long ago
+        if r is None or imported or (self.rule.fired_only and not field(event.data, "fired")):
             return
         self._results[event.bus_seq] = (at, r)
         self._below = None
