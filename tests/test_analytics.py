@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tapebus_analytics
 import tapebus_schema
+from tapebus import Publisher, Tape
 from tapebus.errors import ConfigError
-from tapebus.events import Registry
+from tapebus.events import Registry, to_dict
 from tapebus.testing import PluginBench
 from tapebus_trading.calibration import Curve, fit, score
 
@@ -295,3 +298,46 @@ def test_state_is_written_by_changed_keys_only() -> None:
 def test_a_wrong_key_or_value_is_named(key: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=key):
         Desk(**{key: value})
+
+
+# -- a real bus -------------------------------------------------------------------------------------
+
+
+def test_a_killed_bus_tells_every_status_once(make_bus: Callable[..., Any]) -> None:
+    """Outcomes before, during and after a kill -9; what is on the tape is what one undisturbed run tells."""
+    chance, feed = random.Random(11), []
+    for n in range(900):
+        opened = 1_700_000_000.0 + 2 * HOUR * n
+        signal = {"signal_id": f"S{n}", "symbol": "EURUSD", "direction": "BUY", "pattern_type": chance.choice("ABC")}
+        signal["confidence"] = chance.randint(700, 900) / 10
+        end = {"outcome": "WIN" if chance.random() < 0.25 else "LOSS", "opened_at": opened, "closed_at": opened + HOUR}
+        end |= {"duration_s": HOUR, "quotes_seen": 3, "fired": False, "risk_reward": 1.5}
+        feed += [("signal_generated", opened, signal), ("signal_outcome", opened + HOUR, signal | end)]
+    undisturbed = PluginBench(tapebus_analytics, REGISTRY, {}, name="analytics")
+    undisturbed.feed([undisturbed.event(*each) for each in feed])
+    expected = [(each.event_type, each.timestamp, each.data) for each in undisturbed.emitted]
+    assert {each[0] for each in expected} == {"pattern_status", "calibration"}
+
+    bus = make_bus(["schema", "store", "analytics"]).start()
+    with Publisher("desk", endpoint=bus.acked) as publisher:
+        for kind, at, data in feed[:800]:
+            publisher.publish(kind, data, timestamp=at)
+        bus.wait_for(lambda stats: stats["bus"]["last_seq"] > 400, "to have a part of it")
+        bus.kill()
+        for kind, at, data in feed[800:]:
+            publisher.publish(kind, data, timestamp=at)
+        bus.start()
+        assert publisher.flush(30)
+    bus.wait_for(
+        lambda stats: all(each["lag_events"] == 0 for each in stats["consumers"]) and stats["bus"]["last_seq"] >= 1800,
+        "to have handled all of it",
+    )
+    assert bus.stop() == 0
+    with Tape.open(bus.data_dir) as tape:
+        told = [
+            (each.event_type, each.timestamp, to_dict(each)["data"])
+            for each in tape.read(topics=["pattern_status", "calibration"])
+        ]
+        assert sum(1 for _ in tape.read(topics=["signal_outcome"])) == 900
+    found, wanted = (msgspec.json.decode(msgspec.json.encode(each)) for each in (told, expected))
+    assert found == wanted
