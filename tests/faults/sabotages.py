@@ -173,4 +173,28 @@ SABOTAGES = [
         '        self.become("running", why)\n',
         ["tests/test_breaker.py"],
     ),
+    Sabotage(
+        "sell-closed-on-the-bid",
+        "signals of both directions are closed on the same side of a quote",
+        "plugins/tapebus_outcomes/tracker.py",
+        "            price = bid if signal.buy else ask\n",
+        "            price = bid\n",
+        ["tests/test_outcomes.py"],
+    ),
+    Sabotage(
+        "outcome-twice",
+        "a signal that has ended is open again after a restart",
+        "plugins/tapebus_outcomes/tracker.py",
+        '                state.pop(f"o:{order}", None)\n',
+        "                pass\n",
+        ["tests/test_outcomes.py"],
+    ),
+    Sabotage(
+        "bar-in-favour",
+        "of two levels inside a bar the target wins",
+        "plugins/tapebus_outcomes/bars.py",
+        "    if sl is not None and stop:\n",
+        "    if sl is not None and stop and not target:\n",
+        ["tests/test_outcomes_bars.py"],
+    ),
 ]
