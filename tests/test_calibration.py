@@ -207,3 +207,14 @@ def test_knots_ascend_and_are_percentages(n: int) -> None:
     assert all(left[0] < right[0] for left, right in pairwise(knots))
     assert all(0 <= rate <= 100 for _, rate in knots)
     assert len(knots) <= 1000
+
+
+@settings(max_examples=30)
+@given(PAIRS, st.integers(0, 1000), st.sampled_from([1, 4, 40]))
+def test_neither_score_nor_curve_depends_on_the_order_of_the_trades(
+    pairs: list[tuple[float, bool]], seed: int, times: int
+) -> None:
+    mixed = list(pairs)
+    random.Random(seed).shuffle(mixed)
+    first, second = counted(pairs * times), counted(mixed * times)
+    assert (score(first), fit(first)) == (score(second), fit(second))

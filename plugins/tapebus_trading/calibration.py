@@ -75,7 +75,8 @@ def score(counts: Counts) -> Score | None:
 def reliability(counts: Counts) -> tuple[Bin, ...]:
     """The bins of five points that hold anything, ascending."""
     held: dict[int, list[float]] = {}
-    for confidence, (k, m) in counts.items():
+    # in order, or the last digit of a sum would depend on which confidence came first
+    for confidence, (k, m) in sorted(counts.items()):
         if m:
             low = bin_of(confidence)
             sums = held.setdefault(low, [0, 0, 0.0])
@@ -146,7 +147,7 @@ def platt(counts: Counts) -> Knots:
     spread = math.sqrt(math.fsum(m * (c - mean) ** 2 for c, (_, m) in counts.items()) / n)
     # one stated confidence alone has no slope: any scale will do
     scale = spread or 1.0
-    points = [((c - mean) / scale, m, k * win + (m - k) * loss) for c, (k, m) in counts.items() if m]
+    points = [((c - mean) / scale, m, k * win + (m - k) * loss) for c, (k, m) in sorted(counts.items()) if m]
     level, slope = _newton(points, sloped=spread > 0)
     low, high = min(c for c, (_, m) in counts.items() if m), max(c for c, (_, m) in counts.items() if m)
     at = [low, *range(math.floor(low) + 1, math.ceil(high)), high]
