@@ -10,7 +10,7 @@ from tapebus_telegram.outbox import rendered
 from tapebus_telegram.relay import Relay
 from tapebus_telegram.secret import Redactor, guard_logs, release_logs
 from tapebus_telegram.settings import load, token_of
-from tapebus_telegram.transport import HttpTransport
+from tapebus_telegram.transport import BotTransport
 
 __all__ = ["Redactor", "rendered"]
 
@@ -23,7 +23,7 @@ def tapebus_register_consumers(context: Context) -> list[Consumer]:
     settings = load(context.config)
     secret = token_of(settings)
     tapebus_stop(context)
-    transport = HttpTransport(settings.base_url, secret) if secret is not None else None
+    transport = BotTransport(settings.base_url, secret) if secret is not None else None
     redactor = guard_logs(secret, context.log) if secret is not None else None
     relay = Relay(context, settings, transport)
     _relays[id(context)] = (relay, redactor)
@@ -35,7 +35,6 @@ def tapebus_register_consumers(context: Context) -> list[Consumer]:
             mode="thread",
             lanes=True,
             start="now",
-            budget_ms=15_000.0,  # one call may use up its timeouts; the thread is the relay's own
             save=relay.save,
             tick=1.0,
             on_tick=lambda now: relay.tick(),
@@ -45,8 +44,9 @@ def tapebus_register_consumers(context: Context) -> list[Consumer]:
 
 @hookimpl
 def tapebus_start(context: Context) -> None:
-    """Say once whether anything will leave this machine."""
+    """Say once whether anything will leave this machine, and begin to send."""
     relay = _relays[id(context)][0]
+    relay.start()
     context.log.info("%s", relay.health()["message"])
 
 

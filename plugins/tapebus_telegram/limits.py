@@ -7,6 +7,7 @@ from collections import deque
 PER_CHAT = (1, 1.0)  # messages, seconds
 PER_GROUP = (20, 60.0)  # chats with a negative id: groups, supergroups and channels
 OVERALL = (25, 1.0)  # Telegram names about 30; the rest is kept for other programs of the same bot
+LONGEST_S = 60.0
 
 
 class Window:
@@ -31,7 +32,11 @@ class Window:
 
 
 class Limits:
-    """All windows of one bot; edits count like messages."""
+    """All windows of one bot; edits count like messages.
+
+    `take` gets the time at which a call was over, which is never before the server counted it: however long the
+    way to the server takes, the server sees no less time between two calls than was kept here. Not thread-safe.
+    """
 
     def __init__(self) -> None:
         self._overall = Window(*OVERALL)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import heapq
+import threading
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import msgspec
@@ -14,7 +16,7 @@ _QUEUE, _DONE, _COUNTS = "queue/", "done/", "counts"
 
 
 class Entry(msgspec.Struct, omit_defaults=True):
-    """One message for one chat.
+    """One message for one place: a chat, or a topic (thread) of it.
 
     ``status``: queued, dry_run, sent, or dropped with the reason in ``note``. ``bus_seq`` is the first event
     in it and ``last_seq`` the last one merged into it; ``message_id`` is Telegram's, once sent; with ``edits``
@@ -37,9 +39,12 @@ class Entry(msgspec.Struct, omit_defaults=True):
     note: str = ""
     message_id: int = 0
     edits: int = 0
-    attempts: int = 0
     as_plain: bool = False
     silent: bool = False
+
+    @property
+    def place(self) -> str:
+        return place_of(self.chat, self.thread_id)
 
     def shown(self, text: str) -> str:
         return text if self.repeats == 1 else f"{text}\n(×{self.repeats})"
@@ -48,41 +53,55 @@ class Entry(msgspec.Struct, omit_defaults=True):
         return self.shown(self.plain if self.as_plain else self.html)
 
 
+def place_of(chat: int | str, thread_id: int | None) -> str:
+    """The name of a chat, or of a topic in it."""
+    return str(chat) if thread_id is None else f"{chat}/{thread_id}"
+
+
 class Outbox:
     """A bounded queue ordered by priority, then age, and a ring of the last `keep` finished messages.
 
-    Changes stay in memory until `save`. Used on the consumer's thread only; ``counts`` and `waiting` may be
-    read by others.
+    Two threads share it: hold ``lock`` around every call but `save`, which takes it itself, and the constructor.
+    Changes stay in memory until `save`, which alone touches the state. ``counts`` and `waiting` may be read freely.
     """
 
     def __init__(self, state: MutableMapping[str, bytes], queue: int, keep: int) -> None:
+        self.lock = threading.Lock()
+        self.counts: Counter[str] = Counter()
+        #: Key of the message on its way, which may be neither dropped nor sent by anybody else.
+        self.flying = ""
         self._state = state
         self._limit = queue
         self._keep = keep
         self._dirty: dict[str, Entry | None] = {}
         self._queue: dict[str, Entry] = {}
+        self._arrival: dict[str, int] = {}
+        self._arrivals = 0
+        #: (−priority, arrival, key) by chat and (priority, arrival, key) of all; what has left the queue is skipped.
+        self._heads: dict[int | str, list[tuple[int, int, str]]] = {}
+        #: Keys of the new messages (edits disturb nobody) by chat, and the entries that may not leave yet.
+        self._new: dict[int | str, set[str]] = {}
+        self._parked: list[Entry] = []
+        self._lowest: list[tuple[int, int, str]] = []
         self._done: OrderedDict[int, Entry] = OrderedDict()
-        self._groups: dict[tuple[int | str, str], Entry] = {}
-        self.counts: Counter[str] = Counter()
+        self._numbers: dict[str, int] = {}
+        self._groups: dict[tuple[str, str], Entry] = {}
         self._finished = 0
         self._load()
 
     def _load(self) -> None:
+        waiting = []
         for name, blob in list(self._state.items()):
             if name.startswith(_QUEUE):
-                entry = msgspec.msgpack.decode(blob, type=Entry)
-                self._queue[entry.key] = entry
+                waiting.append(msgspec.msgpack.decode(blob, type=Entry))
             elif name == _COUNTS:
                 self.counts.update(msgspec.msgpack.decode(blob, type=dict[str, int]))
-        self._queue = dict(sorted(self._queue.items(), key=lambda item: item[1].bus_seq))
+            elif name.startswith(_DONE) and int(name.removeprefix(_DONE)) >= self._keep:
+                self._dirty[name] = None  # `keep` was larger once
         for number, entry in _finished(self._state):
-            self._done[number] = entry
-            self._finished = number + 1
-            self._remember(entry)
-        while len(self._done) > self._keep:
-            self._forget_oldest()
-        for entry in self._queue.values():
-            self._remember(entry)
+            self._note_finished(number, entry)
+        for entry in sorted(waiting, key=lambda each: each.bus_seq):
+            self._enter(entry)
 
     def __contains__(self, key: str) -> bool:
         return key in self._queue
@@ -91,21 +110,83 @@ class Outbox:
     def waiting(self) -> int:
         return len(self._queue)
 
-    def waiting_for(self, chat: int | str) -> int:
-        """How many new messages wait for `chat`; edits of earlier ones disturb nobody."""
-        return sum(entry.chat == chat and not entry.edits for entry in self._queue.values())
-
     def entries(self) -> list[Entry]:
         return list(self._queue.values())
 
-    def add(self, entry: Entry) -> None:
-        """Queue `entry`; when that is one too many, the oldest of the lowest priority is dropped and counted."""
-        self._queue[entry.key] = entry
+    def waiting_for(self, chat: int | str) -> int:
+        """How many new messages wait for `chat`; edits of earlier ones disturb nobody."""
+        return len(self._new.get(chat, ()))
+
+    def add(self, entry: Entry, parked: bool = False) -> None:
+        """Queue `entry`; when that is one too many, the oldest of the lowest priority is dropped and counted.
+
+        A `parked` one may not leave before `release`.
+        """
+        self._enter(entry, parked)
         self._dirty[_QUEUE + entry.key] = entry
-        self._remember(entry)
         if len(self._queue) > self._limit:
-            victim = min(self._queue.values(), key=lambda each: each.priority)
-            self.finish(victim, "dropped", "outbox full")
+            self._drop_lowest()
+
+    def _enter(self, entry: Entry, parked: bool = False) -> None:
+        self._arrivals += 1
+        self._queue[entry.key] = entry
+        self._arrival[entry.key] = self._arrivals
+        heapq.heappush(self._lowest, (entry.priority, self._arrivals, entry.key))
+        if not entry.edits:
+            self._new.setdefault(entry.chat, set()).add(entry.key)
+        if parked:
+            self._parked.append(entry)
+        else:
+            self._line_up(entry)
+        self._remember(entry)
+
+    def _line_up(self, entry: Entry) -> None:
+        item = (-entry.priority, self._arrival[entry.key], entry.key)
+        heapq.heappush(self._heads.setdefault(entry.chat, []), item)
+
+    def release(self) -> None:
+        """Let go what was parked."""
+        for entry in self._parked:
+            if entry.key in self._queue:
+                self._line_up(entry)
+        self._parked.clear()
+
+    def _drop_lowest(self) -> None:
+        flying = None
+        while self._lowest:
+            item = heapq.heappop(self._lowest)
+            if not self._waits(item):
+                continue
+            if item[2] == self.flying:
+                flying = item
+                continue
+            self.finish(self._queue[item[2]], "dropped", "outbox full")
+            break
+        if flying is not None:
+            heapq.heappush(self._lowest, flying)
+
+    def _waits(self, item: tuple[int, int, str]) -> bool:
+        return self._arrival.get(item[2]) == item[1]
+
+    def next(self, ready_at: Callable[[Entry], float], now: float) -> tuple[Entry | None, float]:
+        """The most urgent entry that is ready, oldest first, or None and when one will be ready.
+
+        Within a chat nothing overtakes a message of its own or a higher priority.
+        """
+        found: tuple[int, int, str] | None = None
+        earliest = float("inf")
+        for chat, heap in list(self._heads.items()):
+            while heap and not self._waits(heap[0]):
+                heapq.heappop(heap)
+            if not heap:
+                del self._heads[chat]
+                continue
+            at = ready_at(self._queue[heap[0][2]])
+            if at > now:
+                earliest = min(earliest, at)
+            elif found is None or heap[0] < found:
+                found = heap[0]
+        return (self._queue[found[2]], now) if found is not None else (None, earliest)
 
     def merge(self, earlier: Entry, message: Message, bus_seq: int) -> None:
         """Count one more repeat in a waiting (or dry-run) entry, which shows the newest text."""
@@ -119,59 +200,65 @@ class Outbox:
         """Note that `entry` changed."""
         if entry.key in self._queue:
             self._dirty[_QUEUE + entry.key] = entry
-        elif (number := self._number(entry)) is not None:
+        elif (number := self._numbers.get(entry.key)) is not None:
             self._dirty[f"{_DONE}{number % self._keep}"] = entry
 
-    def _number(self, entry: Entry) -> int | None:
-        return next((number for number in reversed(self._done) if self._done[number] is entry), None)
-
-    def latest(self, chat: int | str, group: str) -> Entry | None:
+    def latest(self, place: str, group: str) -> Entry | None:
         """The entry a repeat of `group` would be merged into."""
-        return self._groups.get((chat, group)) if group else None
-
-    def ordered(self) -> Iterator[Entry]:
-        """Waiting entries, most urgent first; within a priority in bus order."""
-        return iter(sorted(self._queue.values(), key=lambda entry: -entry.priority))
+        return self._groups.get((place, group)) if group else None
 
     def finish(self, entry: Entry, status: str, note: str = "") -> None:
         """Move `entry` from the queue to the ring of finished ones."""
         if self._queue.pop(entry.key, None) is not None:
+            del self._arrival[entry.key]
+            self._new.get(entry.chat, set()).discard(entry.key)
             self._dirty[_QUEUE + entry.key] = None
         entry.status, entry.note = status, note
         self.counts[status] += 1
         if note:
             self.counts[f"{status}.{note.replace(' ', '_')}"] += 1
-        self._done[self._finished] = entry
         self._dirty[f"{_DONE}{self._finished % self._keep}"] = entry
-        self._finished += 1
+        self._note_finished(self._finished, entry)
+        if len(self._lowest) > 2 * len(self._queue) + 1000:
+            self._lowest = [item for item in self._lowest if self._waits(item)]
+            heapq.heapify(self._lowest)
+
+    def _note_finished(self, number: int, entry: Entry) -> None:
+        self._done[number] = entry
+        self._numbers[entry.key] = number
+        self._finished = number + 1
         self._remember(entry)
-        if len(self._done) > self._keep:
-            self._forget_oldest()
+        while len(self._done) > self._keep:
+            oldest, gone = self._done.popitem(last=False)
+            if self._numbers.get(gone.key) == oldest:
+                del self._numbers[gone.key]
+            if self._groups.get((gone.place, gone.group)) is gone:
+                del self._groups[gone.place, gone.group]
 
     def _remember(self, entry: Entry) -> None:
         if entry.group and entry.status != "dropped":
-            self._groups[entry.chat, entry.group] = entry
-
-    def _forget_oldest(self) -> None:
-        _, gone = self._done.popitem(last=False)
-        if self._groups.get((gone.chat, gone.group)) is gone:
-            del self._groups[gone.chat, gone.group]
+            self._groups[entry.place, entry.group] = entry
 
     def save(self) -> None:
-        """Write what changed into the state."""
-        if not self._dirty:
-            return
-        numbers = {id(entry): number for number, entry in self._done.items()}
-        for name, entry in self._dirty.items():
-            if entry is None:
+        """Write what changed into the state; on the thread that owns the state."""
+        with self.lock:
+            if not self._dirty:
+                return
+            changes = {name: self._blob(name, entry) for name, entry in self._dirty.items()}
+            changes[_COUNTS] = msgspec.msgpack.encode(dict(self.counts))
+            self._dirty.clear()
+        for name, blob in changes.items():
+            if blob is None:
                 self._state.pop(name, None)
-            elif name.startswith(_DONE):
-                if id(entry) in numbers:
-                    self._state[name] = msgspec.msgpack.encode((numbers[id(entry)], entry))
             else:
-                self._state[name] = msgspec.msgpack.encode(entry)
-        self._state[_COUNTS] = msgspec.msgpack.encode(dict(self.counts))
-        self._dirty.clear()
+                self._state[name] = blob
+
+    def _blob(self, name: str, entry: Entry | None) -> bytes | None:
+        if entry is None:
+            return None
+        if name.startswith(_QUEUE):
+            return msgspec.msgpack.encode(entry)
+        return msgspec.msgpack.encode((self._numbers[entry.key], entry))
 
 
 def _finished(state: Mapping[str, bytes]) -> list[tuple[int, Entry]]:
@@ -183,7 +270,7 @@ def _finished(state: Mapping[str, bytes]) -> list[tuple[int, Entry]]:
 def rendered(state: Mapping[str, bytes]) -> list[dict[str, Any]]:
     """What was (or, dry, would have been) sent and what still waits, oldest first, from saved plugin state.
 
-    Each item has ``chat, topic, status, note, text, html, repeats, bus_seq, at``.
+    Each item has ``chat, thread_id, topic, status, note, text, html, repeats, bus_seq, at``.
     """
     waiting = [msgspec.msgpack.decode(blob, type=Entry) for name, blob in state.items() if name.startswith(_QUEUE)]
     entries = [entry for _, entry in _finished(state)] + sorted(waiting, key=lambda entry: entry.bus_seq)
@@ -191,6 +278,6 @@ def rendered(state: Mapping[str, bytes]) -> list[dict[str, Any]]:
 
 
 def _public(entry: Entry) -> dict[str, Any]:
-    names = ("chat", "topic", "status", "note", "repeats", "bus_seq", "at")
+    names = ("chat", "thread_id", "topic", "status", "note", "repeats", "bus_seq", "at")
     shown = {name: getattr(entry, name) for name in names}
     return {**shown, "text": entry.shown(entry.plain), "html": entry.shown(entry.html)}

@@ -21,6 +21,11 @@ _SHAPE = re.compile(r"[0-9]{1,20}:[A-Za-z0-9_-]{8,200}")
 _LOOKS_LIKE = re.compile(r"[0-9]{6,20}(?::|%3[Aa])[A-Za-z0-9_-]{30,200}")
 MASK = "<telegram token>"
 _HTTP_LOGGERS = (
+    "telegram",
+    "telegram.Bot",
+    "telegram.request.BaseRequest",
+    "telegram.request.HTTPXRequest",
+    "asyncio",
     "httpx",
     "httpcore",
     "httpcore.connection",
@@ -89,7 +94,7 @@ class Redactor(logging.Filter):
 
 
 def guard_logs(secret: Secret, log: logging.Logger) -> Redactor:
-    """Put a `Redactor` on `log` and on the HTTP client's loggers, and silence the latter below WARNING.
+    """Put a `Redactor` on `log` and on the loggers of the libraries that send, and silence the latter below WARNING.
 
     The HTTP client writes each address at INFO. A filter does not reach child loggers, hence the whole list.
     """
@@ -100,6 +105,11 @@ def guard_logs(secret: Secret, log: logging.Logger) -> Redactor:
         logger.addFilter(redactor)
         logger.setLevel(max(logger.level, logging.WARNING))
     return redactor
+
+
+def quiet_library() -> None:
+    """Keep python-telegram-bot from logging every answer it cannot read, in full: its callers are told anyway."""
+    logging.getLogger("telegram").setLevel(logging.CRITICAL)
 
 
 def release_logs(redactor: Redactor, log: logging.Logger) -> None:
