@@ -9,9 +9,13 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from botapi_server import BotApi
 from bus_support import PATIENCE
 from tapebus import Publisher
+
+pytest.importorskip("telegram", reason="sending is an extra of the Telegram plugin")
 
 TOKEN = "123456789:CANARY-abcdefghijklmnopqrstuvwxyz0"
 #: A chat takes one message a second, so many chats make many calls.
