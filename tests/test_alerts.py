@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import tomllib
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +20,7 @@ from tapebus.events import Registry
 from tapebus.testing import PluginBench
 from tapebus_alerts.settings import DEFAULTS, load
 from tapebus_alerts.usual import Expectation, Usual
+from tapebus_trading.sessions import hours
 
 REGISTRY = Registry(tapebus_schema.tapebus_register_event_types({}))
 
@@ -694,7 +698,7 @@ def mistakes() -> Iterator[Any]:
     yield pytest.param({"ruls": []}, "ruls: unknown key; did you mean 'rules'", id="a key of the table")
     yield pytest.param(rule(kind="silense"), "did you mean 'silence'", id="a kind")
     yield pytest.param(rule(), "no such kind of rule", id="no kind")
-    yield pytest.param(rule(kind="lag", treshold=1), "did you mean 'threshold'", id="a key of a rule")
+    yield pytest.param(rule(kind="lag", threshole=1), "did you mean 'threshold'", id="a key of a rule")
     yield pytest.param(rule(kind="lag", topic="x"), "topic: unknown key", id="a key of another kind")
     yield pytest.param(rule(kind="silence"), "topic", id="what is required")
     yield pytest.param(rule(kind="silence", topic="a*b"), "matches nothing", id="a topic")
@@ -734,6 +738,17 @@ def test_the_built_in_rules_are_ones_that_could_be_written_down():
     written = [msgspec.to_builtins(each) for each in DEFAULTS]
     plain = [{key: value for key, value in each.items() if value is not None} for each in written]
     assert load({"rules": plain}).rules == list(DEFAULTS)
+
+
+@pytest.mark.parametrize("page", ["docs/operations.md", "plugins/tapebus_alerts/README.md"])
+def test_the_rules_written_down_in_the_documents_are_accepted(page):
+    text = (Path(__file__).parents[1] / page).read_text()
+    tables = [tomllib.loads(each) for each in re.findall(r"```toml\n(.*?)```", text, re.DOTALL)]
+    found = [each["plugins"]["alerts"] for each in tables if "alerts" in each.get("plugins", {})]
+    [table] = found
+    assert len(load(table).rules) > len(table["rules"]) > 1
+    for each in tables:
+        hours(each.get("shared", {}))
 
 
 def test_the_built_in_rules_say_nothing_on_a_quiet_bus():
