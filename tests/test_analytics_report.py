@@ -289,3 +289,10 @@ def test_the_truth_log_imported_into_a_tape_gives_the_recorded_calibration(
     wait_until(lambda: bus.runtime.stats()["plugins"]["analytics"]["metrics"]["calibration"] > 20, "the fits")
     clustered = json.loads(command(capsys, bus.data_dir, "--json"))["overall"]
     assert (clustered["repeats"], clustered["n"]) == (1085, 3356 - 1085)
+
+
+def test_an_imported_end_without_a_time_has_no_part_in_the_mean_duration() -> None:
+    untimed = payload(2, "P", "WIN", origin="truth_log.jsonl:1", duration_s=0.0)
+    row = reported([payload(1, "P", "WIN"), untimed])["patterns"]["P"]
+    assert (row["n"], row["mean_duration_s"]) == (2, 60.0)
+    assert reported([untimed])["patterns"]["P"]["mean_duration_s"] is None

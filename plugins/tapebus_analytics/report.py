@@ -34,7 +34,10 @@ UNDECIDED = {
 
 
 class Trade(Struct, frozen=True):
-    """One signal as a report sees it: ``outcome`` is None while it is open, ``r`` its result in stop distances."""
+    """One signal as a report sees it: ``outcome`` is None while it is open, ``r`` its result in stop distances.
+
+    ``duration_s`` is None where an imported log does not tell when the signal ended.
+    """
 
     signal_id: str
     symbol: str
@@ -45,7 +48,7 @@ class Trade(Struct, frozen=True):
     outcome: str | None = None
     r: float | None = None
     risk_reward: float | None = None
-    duration_s: float = 0.0
+    duration_s: float | None = None
     fired: bool = False
 
     @property
@@ -82,8 +85,9 @@ class Group:
         else:
             self.undecided[UNDECIDED.get(trade.outcome, "unknown")] += 1
         if trade.outcome in ("WIN", "LOSS", "BREAKEVEN"):
-            self.duration += trade.duration_s
-            self.duration_n += 1
+            if trade.duration_s is not None:
+                self.duration += trade.duration_s
+                self.duration_n += 1
             if (result := trade.result) is not None:
                 self._result(result)
 
@@ -303,7 +307,7 @@ def _ended(data: Any, signal: Trade | None) -> Trade:
         data.outcome,
         data.r,
         planned,
-        data.duration_s,
+        None if data.origin is not None and data.duration_s == 0 else data.duration_s,
         data.fired,
     )
 

@@ -61,13 +61,14 @@ def lines(story: Story) -> Iterator[str]:
     yield ""
     yield click.style(f"{'bus_seq':>9}  {'event time (UTC)':<23} {'after':>11} {'to the bus':>10}", dim=True)
     yield from _section(story.birth)
-    for way in story.ways:
-        yield ""
+    for number, way in enumerate(story.ways):
+        if number or story.birth:
+            yield ""
         yield click.style(cut(visible(_heading(way)), WIDTH), fg="cyan")
         yield from _section(way.steps)
-    if story.end:
+    if story.end and (story.birth or story.ways):
         yield ""
-        yield from _section(story.end)
+    yield from _section(story.end)
     yield ""
     for each in story.missing:
         yield from _wrapped("missing: ", each, "yellow")
