@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from bus_support import wait_until
 from tapebus.cli import main
+from tapebus_analytics import show
 from tapebus_analytics.cli import result
 from tapebus_analytics.config import Config
 from tapebus_analytics.report import Report
@@ -215,6 +216,11 @@ def test_an_interval_is_drawn_to_scale(figures: tuple[Any, ...], line: str) -> N
     assert draw(*figures) == line
 
 
+def test_a_name_can_steer_neither_the_terminal_nor_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    show.report(reported([payload(i, "[red]\x1b[2J", "WIN") for i in range(3)]))
+    assert "[red]?[2J" in capsys.readouterr().out
+
+
 # -- the command on real tapes ----------------------------------------------------------------------
 
 
@@ -243,7 +249,7 @@ def test_the_command_reads_the_tape_while_the_bus_runs_and_after(
     assert found["total_signals"] == 28
     assert found["patterns"]["FAIR_VALUE_GAP_FILL"]["status"] == "watch"
     assert found["patterns"]["BB_SCALP"]["status"] == "disabled"
-    assert found["patterns"]["BB_SCALP"]["status_by"] == "user:7"
+    assert found["disabled"]["BB_SCALP"]["by"] == "user:7"
     assert found["recommendation"] == "Monitor FAIR_VALUE_GAP_FILL for potential disable"
     for by in ("pattern", "symbol", "session", "pattern-symbol", "confidence", "hour", "day", "calibration"):
         text = command(capsys, bus.data_dir, "--by", by)

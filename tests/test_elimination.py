@@ -160,6 +160,11 @@ def test_the_evidence_of_mixed_rewards_is_the_product_over_trades(trades: list[t
     assert math.exp(found.log_e) == pytest.approx(product, rel=1e-9)
 
 
+@pytest.mark.parametrize("reward_risk", [1e-300, 1e-17, 1e18])
+def test_an_absurd_reward_leaves_the_evidence_finite(reward_risk: float) -> None:
+    assert math.isfinite(trial(30, 15, Config(), reward_risk).log_e)
+
+
 @given(st.integers(1, 200).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_with_one_reward_for_all_trades_the_evidence_is_the_published_formula(pair: tuple[int, int]) -> None:
     wins, n = pair

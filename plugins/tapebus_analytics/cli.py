@@ -83,10 +83,12 @@ def result(report: Report, since: str | None, until: str | None, status: dict[st
     rows = report.rows()
     if report.by == "pattern":
         for name, row in rows.items():
-            known = status.get(name)
-            row["status"] = known.status if known is not None else "active"
-            row["status_by"] = known.by if known is not None else None
-            row["status_since"] = known.since if known is not None else None
+            row["status"] = status[name].status if name in status else "active"
+        found["disabled"] = {
+            name: {"by": each.by, "since": each.since, "reason": each.reason}
+            for name, each in status.items()
+            if each.status == "disabled"
+        }
     found[plural(report.by)] = rows
     found["recommendation"] = "; ".join(report.recommendations())
     return {**found, "overall": overall}

@@ -17,6 +17,8 @@ from tapebus_trading.proportions import at_most, breakeven_win_rate, log_mixture
 Status = Literal["active", "watch", "disabled"]
 #: From so many trades on a bad rate is worth a word.
 WATCH_FROM = 2
+#: Breakevens beyond this are taken as this.
+_LEAST = 0.001
 #: A quarter of the normal distribution lies below: what may be chance but is worth watching.
 _QUARTILE = -0.6745
 
@@ -42,6 +44,8 @@ class Trial(Struct):
         if fixed is None and not reward_risk:
             return
         p = fixed if fixed is not None else breakeven_win_rate(reward_risk or 0.0)
+        # a reward nobody trades for must not make one result infinitely unlikely
+        p = min(max(p, _LEAST), 1 - _LEAST)
         self.tested += 1
         self.tested_wins += win
         self.rewards += 1 / p - 1

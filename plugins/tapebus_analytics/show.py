@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tapebus.cli.common import clock
+from tapebus.cli.common import clock, visible
 from tapebus_analytics.report import SPEAK_FROM, UNDECIDED, plural
 
 WIDTH = 100
@@ -26,11 +26,16 @@ def report(found: dict[str, Any]) -> None:
         _calibration(console, found["calibration"])
         return
     rows: dict[str, dict[str, Any]] = found[plural(found["by"])]
-    if not rows:
+    if rows:
+        console.print(_table(found["by"], rows, found["overall"]))
+        _notes(console, found, rows)
+    else:
         console.print("no signals in this time and of this source")
-        return
-    console.print(_table(found["by"], rows, found["overall"]))
-    _notes(console, found, rows)
+    for name, each in found.get("disabled", {}).items():
+        since = f" since {clock(each['since'])}" if each["since"] else ""
+        console.print(f"[red]{_safe(name)} is disabled[/] by {_safe(each['by'] or 'the rule')}{since}")
+    if found["recommendation"]:
+        console.print(f"[yellow]{_safe(found['recommendation'])}[/]")
 
 
 def _table(by: str, rows: dict[str, dict[str, Any]], overall: dict[str, Any]) -> Table:
@@ -53,7 +58,7 @@ def _cells(name: str, row: dict[str, Any]) -> list[str]:
     bar = draw(row["low"], row["high"], row["wr"], row["breakeven"])
     undecided = sum(row[key] for key in UNDECIDED.values())
     return [
-        escape(name or "(none)"),
+        _safe(name or "(none)"),
         f"{row['wins']} of {row['n']}",
         f"{row['wr']:.1f}" if row["n"] >= SPEAK_FROM else "",
         f"{row['low']:.0f}-{row['high']:.0f}" if row["n"] else "",
@@ -63,6 +68,11 @@ def _cells(name: str, row: dict[str, Any]) -> list[str]:
         "" if row["profit_factor"] is None else f"{row['profit_factor']:.2f}",
         f"{undecided}" if undecided else "",
     ]
+
+
+def _safe(text: str) -> str:
+    """A name from the tape, without what would steer the terminal or `rich`."""
+    return escape(visible(text))
 
 
 def draw(low: float, high: float, rate: float | None, mark: float | None = None) -> str:
@@ -93,15 +103,9 @@ def _notes(console: Console, found: dict[str, Any], rows: dict[str, dict[str, An
         if row["verdict"]:
             key = "p_value_adjusted" if row["verdict"].startswith("above") else "p_worse_adjusted"
             colour = _COLOURS[row["verdict"]]
-            console.print(f"[{colour}]{escape(name)} is {row['verdict']}[/], adjusted p = {row[key]:.2g}")
+            console.print(f"[{colour}]{_safe(name)} is {row['verdict']}[/], adjusted p = {row[key]:.2g}")
     if not any(row["verdict"] for row in rows.values()):
         console.print("no rate here is proven to differ from breakeven")
-    for name, row in rows.items():
-        if row.get("status") == "disabled":
-            who, when = escape(row["status_by"]), clock(row["status_since"])
-            console.print(f"[red]{escape(name)} is disabled[/] by {who} since {when}")
-    if found["recommendation"]:
-        console.print(f"[yellow]{escape(found['recommendation'])}[/]")
 
 
 def _calibration(console: Console, found: dict[str, Any]) -> None:
