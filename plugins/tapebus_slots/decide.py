@@ -51,7 +51,8 @@ class Decider:
     ) -> list[Change | None]:
         """Judge the signal for the user of `table`, and fire it at the terminal `target` where nothing forbids it."""
         signal = read_signal(event)
-        config, known = self.config_of(table.user_id), self.desk.known(*table.accounts)
+        numbers = (view.number for view in table.accounts.values() if view.number)
+        config, known = self.config_of(table.user_id), self.desk.known(*table.accounts, *numbers)
         view = slot_view(table, quotes, signal.at, config, known)
         verdict = evaluate(signal, account_of(table), view, quotes, config, known)
         self.verdicts += 1

@@ -20,6 +20,8 @@ from tapebus_slots.whatif import Result
 #: What tells the desk something, and what tells an account's figures.
 _FACTS = ("user_fire_mode", "pattern_status", "calibration", "symbol_specification")
 _FIGURES = ("balance_update", "ea_heartbeat", "trade_executed", "trade_confirmed")
+#: Reading on over so many events costs about as much as finding another place on the tape.
+_WORTH_A_SEEK = 5000
 
 
 class Case(Struct, frozen=True):
@@ -115,10 +117,14 @@ class Recording:
         return (self._since is None or at >= self._since) and (self._until is None or at < self._until)
 
     def _quotes(self, signals: Mapping[int, float]) -> dict[int, dict[str, Quote]]:
-        """The last quotes before each signal; only the quotes around signals are read, older ones are stale anyway."""
+        """The last quotes before each signal. Only those around signals are read: one that is stale counts as none."""
         config = self._desk.config_of(self.user)
         reach = max(config.max_quote_age_s, config.max_conversion_age_s)
         found: dict[int, dict[str, Quote]] = {}
+
+        def fresh(last: dict[str, Quote], at: float) -> dict[str, Quote]:
+            return {name: quote for name, quote in last.items() if quote.at >= at - reach}
+
         windows = _windows(signals, reach)
         for number, (begin, end, seqs) in enumerate(windows):
             self._progress(number / (2 * len(windows)))
@@ -126,11 +132,12 @@ class Recording:
             last: dict[str, Quote] = {}
             for event in self._tape.read(topics=["market_data"], since=begin, until=end):
                 while waiting and event.bus_seq > waiting[-1]:
-                    found[waiting.pop()] = dict(last)
+                    seq = waiting.pop()
+                    found[seq] = fresh(last, signals[seq])
                 if not waiting:
                     break
                 last[event.data.symbol] = Quote(event.data.bid, event.data.ask, event.timestamp)
-            found.update({seq: last for seq in waiting})
+            found.update({seq: fresh(last, signals[seq]) for seq in waiting})
         return found
 
     def _case(self, signal: Signal, result: Result | None, quotes: Mapping[str, Quote], assumed: bool) -> Case:
@@ -185,10 +192,12 @@ def _imported(data: Any) -> Signal:
 
 
 def _windows(signals: Mapping[int, float], reach: float) -> list[tuple[float, float, list[int]]]:
-    """Spans of event time in which quotes matter to `signals`, with the signals in each; overlapping ones are one."""
+    """Spans of event time in which quotes matter to `signals`, with the signals in each; near ones are one."""
     windows: list[tuple[float, float, list[int]]] = []
+    busy = (max(signals, default=0) - min(signals, default=0)) or 1
+    gap = _WORTH_A_SEEK * (max(signals.values(), default=0.0) - min(signals.values(), default=0.0)) / busy
     for seq, at in sorted(signals.items(), key=lambda each: each[1]):
-        if windows and at - reach <= windows[-1][1]:
+        if windows and at - reach <= windows[-1][1] + gap:
             begin, _, seqs = windows[-1]
             windows[-1] = (begin, at + reach, [*seqs, seq])
         else:

@@ -125,14 +125,14 @@ _ROWS: tuple[tuple[str, Callable[[dict[str, Any]], Any]], ...] = (
     ("fires", lambda each: each["fires"]),
     ("won of decided", lambda each: f"{each['wins']} of {each['wins'] + each['losses']}"),
     ("win rate, 95 %", lambda each: _rate(each)),
-    ("timed out or cancelled", lambda each: each["others"]),
+    ("other ends", lambda each: each["others"]),
     ("no outcome yet", lambda each: each["no_outcome"]),
     ("expectancy R", lambda each: _figure(each["expectancy_r"], "+.3f")),
     ("sum of R", lambda each: _figure(each["sum_r"], "+.2f")),
     ("pips", lambda each: _figure(each["pips"], "+.1f")),
     ("money", lambda each: _figure(each["money"], "+,.2f")),
-    ("refused because full", lambda each: each.get("refused_because_full", "")),
-    ("  and for no other reason", lambda each: each.get("refused_only_because_full", "")),
+    ("refused when full", lambda each: each.get("refused_because_full", "")),
+    ("  only for that", lambda each: each.get("refused_only_because_full", "")),
     ("most slots at once", lambda each: each.get("peak_slots", "")),
 )
 
@@ -150,7 +150,7 @@ def _show(found: dict[str, Any]) -> None:
     click.echo()
     names = ("configured", "changed", "gained", "given_up")
     rows = [[title, *(str(cell(found[name])) for name in names)] for title, cell in _ROWS]
-    table(["", "configured", "changed", "only changed", "only configured"], rows)
+    table(["", "configured", "changed", "gained", "given up"], rows)
     now, then = found["configured"]["refused"], found["changed"]["refused"]
     if now or then:
         click.echo()
@@ -165,7 +165,7 @@ def _rate(each: dict[str, Any]) -> str:
     if each["interval"] is None:
         return "-"
     low, high = (100 * end for end in each["interval"])
-    return f"{100 * each['win_rate']:.1f} % [{low:.1f}, {high:.1f}]"
+    return f"{100 * each['win_rate']:.1f}% [{low:.1f}-{high:.1f}]"
 
 
 def _figure(value: float | None, form: str) -> str:
