@@ -12,6 +12,7 @@ import pytest
 from msgspec import structs
 
 import tapebus_outcomes
+from bus_support import PATIENCE, wait_until
 from outcome_days import Day, Oracle, make_orders, read_day
 from tapebus.errors import ConfigError
 from tapebus.events import Registry
@@ -273,6 +274,13 @@ def test_a_stop_touched_in_the_bar_of_the_deadline_is_a_loss_that_is_ambiguous()
     assert [(d["outcome"], d["ambiguous"], d["closed_at"]) for d in outcomes(b)] == [("LOSS", True, T0 + 60)]
 
 
+def test_a_signal_opened_and_over_within_one_bar_saw_no_price_of_its_life():
+    b = bench()
+    b.feed([bar(b, T0 - M5, 1.1, 1.1, 1.1, 1.1, stamp=T0), signal(b, T0 + 20, expires_at=T0 + 60, **BUY)])
+    b.feed([bar(b, T0, 1.1, 1.1010, 1.0995, 1.1005)])
+    assert [(d["outcome"], d["exit_price"], d["mfe"]) for d in outcomes(b)] == [("UNKNOWN", None, None)]
+
+
 def test_a_deadline_at_the_end_of_a_bar_ends_at_its_close():
     b = bench()
     b.feed([signal(b, expires_at=T0 + M5, **BUY), bar(b, T0, 1.1, 1.1010, 1.0995, 1.1005, stamp=T0)])
@@ -382,6 +390,81 @@ def test_what_is_no_bar_is_counted(wrong):
     event = bar(b, T0, 1.1, 1.1030, 1.1, 1.1)
     b.feed([signal(b), structs.replace(event, data=structs.replace(event.data, **wrong))])
     assert outcomes(b) == [] and figures(b)["invalid_bars"] == 1
+
+
+def test_a_running_bus_decides_by_bars_as_feeds_spell_them(embed):
+    bus = embed(["schema", "store", "outcomes"])
+    made = {"pair": "EURUSD", "timeframe": "5m", "open": 1.1, "high": 1.1021, "low": 1.0995, "close": 1.1, "volume": 3}
+    with bus.publisher() as publisher:
+        fixed = {"signal_id": "S", "pair": "EURUSD", "confidence": 80.0, "pattern": "SWEEP", "type": "BUY"}
+        levels = {"entry_price": 1.1, "stop_loss": 1.099, "take_profit": 1.102}
+        assert publisher.publish("signal_generated", fixed | levels, timestamp=T0 - 10)
+        for wrong in ({"high": 1.05}, {}, {}):
+            assert publisher.publish("market_data.ohlcv", made | wrong | {"ts": T0}, timestamp=T0 + M5)
+        assert publisher.flush(PATIENCE)
+    with bus.tape() as tape:
+        [got] = wait_until(lambda: list(tape.read(topics=["signal_outcome"])), "the outcome")
+    assert (got.data.outcome, got.data.r, got.data.mode, got.data.closed_at) == ("WIN", 2.0, "bar", T0 + M5)
+    assert (got.correlation_id, got.timestamp) == ("S", T0 + M5)
+
+
+def mixed(b: PluginBench, chance: random.Random) -> list[Any]:
+    """Hours of signals, quotes that come and go, bars of two timeframes, some late, twice or forming."""
+    found, ids, price, now = [], ["nobody"], 1.1, T0
+    for minute in range(240):
+        now = T0 + 60 * minute
+        quoted = (minute // 25) % 2
+        path = [price := round(price + chance.choice((-3, -1, 0, 1, 3)) * 1e-4, 5) for _ in range(6)]
+        for n, each in enumerate(path):
+            if quoted and chance.random() < 0.9:
+                found.append(quote(b, now + 10 * n, each))
+            if chance.random() < 0.2:
+                sign = chance.choice((1, -1))
+                sl, tp = each - sign * chance.choice((2e-4, 8e-4)), each + sign * chance.choice((2e-4, 8e-4))
+                more = {"direction": "BUY" if sign > 0 else "SELL", "sl": sl, "tp": tp}
+                if chance.random() < 0.7:
+                    more["entry"] = each
+                if chance.random() < 0.5:
+                    more["expires_at"] = now + 10 * n + chance.choice((30, 90, 400, 1500))
+                ids.append(f"S{len(ids)}")
+                found.append(signal(b, now + 10 * n + 1, ids[-1], **more))
+        if chance.random() < 0.3:
+            found.append(b.event("signal_expired", now + 55, {"signal_id": chance.choice(ids[-5:])}))
+        prices = (path[0], max(path), min(path), path[-1])
+        for _ in range(chance.choice((0, 1, 1, 1, 2))):
+            stamp = now + chance.choice((60, 60, 60.5, 30))
+            found.append(bar(b, now, *prices, stamp=stamp, timeframe="M1", spread=chance.choice((None, SPREAD))))
+        if minute % 5 == 4:
+            found.append(bar(b, now - 240, *prices, stamp=now + 60))
+    found.append(quote(b, now + 200_000, 0.9, "USDCHF"))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_restart_anywhere_among_quotes_and_bars_changes_no_outcome(seed):
+    runs = []
+    for restarts in (False, True):
+        b, chance = bench(), random.Random(seed)
+        waiting = mixed(b, chance)
+        while waiting:
+            size = chance.randrange(1, 12)
+            b.feed(waiting[:size])
+            del waiting[:size]
+            if restarts:
+                b.restart()
+        by_id = {each["signal_id"]: each for each in outcomes(b)}
+        assert len(by_id) == len(b.emitted) == figures(b)["opened"] and figures(b)["open"] == 0
+        runs.append((by_id, figures(b)))
+    assert runs[0] == runs[1]
+    found = runs[0][0].values()
+    assert {each.get("mode") for each in found} >= {"tick", "bar"} and any(each["ambiguous"] for each in found)
+    assert {each["outcome"] for each in found} >= {"WIN", "LOSS", "TIMEOUT", "CANCELLED"}
+    for each in found:
+        assert each["duration_s"] == each["closed_at"] - each["opened_at"] >= 0
+        if each["r"] is not None:
+            assert each["mae_r"] - 1e-6 <= each["r"] and each["mae"] <= 0 <= each["mfe"]
+            # a target is filled at its level, which the price of its quote may be beyond
+            assert each["r"] <= each["mfe_r"] + 1e-6
 
 
 # -- days of bars -------------------------------------------------------------------------------

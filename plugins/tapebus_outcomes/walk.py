@@ -27,8 +27,10 @@ def walk(signal: Signal, bar: Bar, spread: float) -> Step | None:
             oriented = oriented._replace(open=oriented.close, high=oriented.close, low=oriented.close)
             sl = tp = None
     step = decide(oriented, sl, tp, signal.opened_at, signal.deadline)
-    signal.bars += 1
     signal.doubt = signal.doubt or step.doubt
+    if step.price is None:  # opened and over within the bar: no price of it is known to be from that time
+        return step
+    signal.bars += 1
     for reached in (_turned(step.best, signal.buy), _turned(step.worst, signal.buy)):
         if reached is not None:
             signal.best = reached if signal.best is None else max(signal.best, reached)
