@@ -15,6 +15,7 @@ from tapebus.cli import main
 from tapebus.events import Registry
 from tapebus_outcomes.chain import Chain, follow, nearest
 from tapebus_outcomes.explain import Story, tell
+from tapebus_outcomes.words import RULES as RULE_WORDS
 from tapebus_outcomes.words import answer, figure, margin, rule, span
 
 REGISTRY = Registry(tapebus_schema.tapebus_register_event_types({}))
@@ -284,6 +285,8 @@ def test_spans_read_like_people_say_them(seconds, words):
 
 def test_a_rule_nobody_knows_is_told_with_limit_and_value():
     assert rule("moon_phase", 3, 4.5, "too_full") == "moon phase 4.5, limit 3 (too_full)"
+    assert rule("expiry", NOON, NOON + 1) == "the signal was good until 2025-09-10 12:00:00, it was 2025-09-10 12:00:01"
+    assert rule("quote_age", 5.0, None, "quote_missing") == "no quote of the symbol (quote_missing)"
     assert figure([80.0, 89.0]) == "80 to 89" and figure(None) == "unknown" and figure({"sl": 1.5}) == "sl 1.5"
     assert (
         margin([80.0, 89.0], 80.9) == pytest.approx(0.1) and margin("open", "open") is None and margin(5, True) is None
@@ -427,6 +430,7 @@ def test_the_whole_way_is_told_while_the_bus_runs_and_its_plugins_decide(embed, 
         put("signal_generated", 0, SIGNAL[1] | {"signal_id": "LIVE"}, correlation_id="LIVE")
         verdict = seen("gate_verdict")
         assert verdict.data.fire, verdict.data.reasons
+        assert {each.name for each in verdict.data.rules} <= RULE_WORDS.keys(), "every rule has words of its own"
         order = seen("fire_command").data
         filled = {"fire_id": order.fire_id, "ticket": 77, "volume": order.lot, "price": 1.1, "status": "FILLED"}
         put("trade_executed", 1, filled | {"symbol": "EURUSD", "direction": "BUY", "target_uuid": "U"}, user_id="7")

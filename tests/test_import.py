@@ -332,6 +332,11 @@ def test_what_cannot_be_an_event_is_refused_with_its_reason_and_line(plan, reaso
     assert (report["blank"], report["mapped"]) == (1, 1)
 
 
+def test_fields_without_a_place_are_counted(plan):
+    report, _ = plan(truth(1, xp_reward=7, rsi=None), truth(2, xp_reward=9))
+    assert report["fields_left_out"] == {"xp_reward": 2}
+
+
 def test_a_heading_and_an_attempt_are_remarks(plan):
     attempt = {"signal_id": "S", "action": "positive_close_attempt", "attempted_at": "2025-08-11T08:03:17", "note": "x"}
     report, _ = plan({"fresh_start": "today", "timestamp": "2025-08-11T02:02:10+00:00"}, attempt, truth())

@@ -32,6 +32,8 @@ class Account:
         self.repairs: dict[str, list[int]] = {}
         #: By fate, then reason: line and detail.
         self.reasons: dict[str, dict[str, list[tuple[int, str]]]] = {}
+        #: Fields with a value that no event has a place for, by name.
+        self.left_out: Counter[str] = Counter()
         self.events: Counter[str] = Counter()
         self.outcomes: Counter[str] = Counter()
 
@@ -44,6 +46,10 @@ class Account:
     def repaired(self, names: set[str], line: int) -> None:
         for name in names:
             self.repairs.setdefault(name, []).append(line)
+
+    def passed_over(self, record: dict[str, Any], read: frozenset[str]) -> None:
+        """Note the fields of a line that are not read."""
+        self.left_out.update(name for name, value in record.items() if value is not None and name not in read)
 
     @property
     def totals(self) -> Counter[str]:
@@ -68,6 +74,7 @@ class Account:
                 name: {"count": len(lines), "means": REPAIRS[name], "lines": sorted(lines)[:EXAMPLES]}
                 for name, lines in sorted(self.repairs.items(), key=lambda each: -len(each[1]))
             },
+            "fields_left_out": dict(self.left_out.most_common(100)),
             **{fate: self._listed(fate) for fate in ("refused_because", "conflicts", "remarks")},
         }
 

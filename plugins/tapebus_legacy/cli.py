@@ -102,6 +102,9 @@ def _show_one(account: Account) -> None:
     for fate in ("refused", "conflict", "remark"):
         for reason, found in sorted(account.reasons.get(fate, {}).items(), key=lambda each: -len(each[1])):
             _line(fate, len(found), reason, [line for line, _ in found], min(found)[1])
+    if account.left_out:
+        names = ", ".join(f"{name} {count:,}" for name, count in account.left_out.most_common())
+        click.echo(cut(visible(f"  fields left out: {names}"), WIDTH))
     if account.blank:
         click.echo(f"  blank     {account.blank:>6,}")
 

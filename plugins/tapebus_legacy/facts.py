@@ -65,6 +65,33 @@ _OPEN = frozenset(("", "OPEN", "PENDING", "ACTIVE"))
 _SIDES = {"BUY": "BUY", "LONG": "BUY", "SELL": "SELL", "SHORT": "SELL"}
 #: Seconds by which two statements about one moment may differ.
 CLOCK_TOLERANCE_S = 60.0
+#: Fields that are read, or that say in other words what another one says.
+READ = frozenset(each for spelt in SPELLINGS.values() for each in spelt) | frozenset(
+    [
+        "signal_id",
+        "direction",
+        "session",
+        "signal_class",
+        "fired",
+        "win",
+        "outcome",
+        "completion_reason",
+        "outcome_source",
+        "lifespan",
+        "runtime_seconds",
+        "runtime_hours",
+        "trade_duration_minutes",
+        "last_updated",
+        "sl_pips",
+        "tp_pips",
+        "pips_moved",
+        "pips_result",
+        "status",
+        "completed",
+        "exit_type",
+        "timeout_reason",
+    ]
+)
 _PIPS = {"sl_pips": "stop", "tp_pips": "target", "pips_moved": "result", "pips_result": "result"}
 
 

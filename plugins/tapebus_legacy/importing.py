@@ -68,6 +68,7 @@ class Import:
                 elif shape == facts.UNKNOWN_SHAPE:
                     account.note(shape, REFUSED, line.number, "unknown shape", f"fields {', '.join(line.record)}"[:200])
                 else:
+                    account.passed_over(line.record, facts.READ)
                     try:
                         mine.append(facts.fact(line.record, shape, len(self.accounts) - 1, line.number))
                     except Refused as refused:

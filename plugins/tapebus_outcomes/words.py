@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 
 from tapebus_outcomes.chain import field
@@ -56,20 +57,26 @@ def span(seconds: float) -> str:
     return f"{sign}{whole} s"
 
 
+def _moment(value: Any) -> str:
+    """A time of day in UTC, from Unix seconds."""
+    return f"{datetime.fromtimestamp(value, UTC):%Y-%m-%d %H:%M:%S}" if isinstance(value, float) else figure(value)
+
+
 def _limit(what: str, unit: str = "") -> Callable[[str, str], str]:
     return lambda limit, actual: f"{what} {actual}{unit}, limit {limit}{unit}"
 
 
 #: A rule that failed, by its name, from limit and actual value.
-_RULES: dict[str, Callable[[str, str], str]] = {
+RULES: dict[str, Callable[[str, str], str]] = {
     "auto_fire": lambda limit, actual: "auto-fire is off for this user",
     "kill_switch": lambda limit, actual: "the kill switch is on",
     "tier": lambda limit, actual: f"tier {actual} is not one of {limit}",
     "not_fired_before": lambda limit, actual: "this signal was fired before",
-    "expiry": lambda limit, actual: f"the signal had expired: {limit} passed, it was {actual}",
+    "expiry": lambda limit, actual: f"the signal was good until {limit}, it was {actual}",
     "pattern": lambda limit, actual: f"pattern {actual} is disabled",
     "confidence": lambda limit, actual: f"confidence {actual} is outside {limit}",
     "market": lambda limit, actual: f"the market of {actual} is closed",
+    "trade_mode": lambda limit, actual: f"the broker takes no {limit} on the symbol: trade mode {actual}",
     "geometry": lambda limit, actual: f"levels on the wrong side: {actual}; needs {limit}",
     "price_on_tick": lambda limit, actual: f"prices that are no multiple of {limit}: {actual}",
     "sl_distance": lambda limit, actual: f"stop {actual} away, needs {limit} (spread, stops level)",
@@ -79,7 +86,7 @@ _RULES: dict[str, Callable[[str, str], str]] = {
     ),
     "slots": lambda limit, actual: f"no free slot: {actual} of {limit} in use",
     "opposite_position": lambda limit, actual: f"opposite position on the symbol: {actual} is held",
-    "heartbeat_age": _limit("last heartbeat of the terminal", " s"),
+    "heartbeat_age": lambda limit, actual: f"last heartbeat of the terminal {actual} s ago, limit {limit} s",
     "account": lambda limit, actual: "the balance of the account is unknown",
     "total_open_risk": _limit("risk of all open positions with this one"),
     "currency_risk": _limit("risk in one currency with this one"),
@@ -90,7 +97,8 @@ _RULES: dict[str, Callable[[str, str], str]] = {
 
 def rule(name: str, limit: Any, actual: Any, reason: str = "") -> str:
     """Why a rule failed; `reason` is its code."""
-    told = _RULES.get(name, _limit(name.replace("_", " ")))(figure(limit), figure(actual))
+    as_word = _moment if name == "expiry" else figure
+    told = RULES.get(name, _limit(name.replace("_", " ")))(as_word(limit), as_word(actual))
     return f"{told} ({reason})" if reason else told
 
 
