@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import time
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -15,6 +17,7 @@ from tapebus import Publisher, Tape
 from tapebus.errors import ConfigError
 from tapebus.events import Registry
 from tapebus.testing import PluginBench
+from tapebus_slots.config import Config
 
 REGISTRY = Registry([*tapebus_schema.tapebus_register_event_types({}), *tapebus_slots.tapebus_register_event_types()])
 
@@ -356,3 +359,16 @@ def test_the_kill_switch_of_a_running_bus_is_still_on_after_kill_9(make_bus):
         fires = [event.data.signal_id for event in tape.read(topics=["fire_command"])]
         alerts = [event.data.state for event in tape.read(topics=["alert"]) if event.data.name == "kill_switch"]
     assert (fires, alerts) == (["S1"], ["raised"])
+
+
+# -- the documentation --------------------------------------------------------------------------
+
+
+def test_the_readme_names_every_rule_reason_and_key():
+    place = Path(tapebus_slots.__file__).parent
+    readme = (place / "README.md").read_text()
+    sources = "".join((place / name).read_text() for name in ("gate.py", "plan.py", "sizing.py"))
+    reasons = set(re.findall(r'"([a-z]+(?:_[a-z]+)+)"', sources)) - {"not_fired_before"}
+    assert {"sl_inside_spread", "margin_unknown", "over_limit"} <= reasons
+    names = reasons | set(Config.__struct_fields__)
+    assert [name for name in sorted(names) if not re.search(rf"\b{name}\b", readme)] == []
