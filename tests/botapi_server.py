@@ -122,6 +122,9 @@ class BotApi:
         self.blocked: set[int | str] = set()
         self.broken: list[str] = []
         self.updates: list[dict[str, Any]] = []
+        #: Answers to the next questions for updates, and the offsets of all of them so far (0: none given).
+        self.polls: deque[Any] = deque()
+        self.offsets: list[int] = []
         self.texts: dict[tuple[Any, int], str] = {}
         self.url = ""
         #: Seconds on the way to the server, and as many again on the way back.
@@ -303,6 +306,9 @@ class BotApi:
         assert self._news is not None
         self.calls += 1
         call = _parameters(body)
+        self.offsets.append(call.get("offset", 0))
+        if self.polls:
+            return self.polls.popleft()
         if self._poll is not None and not self._poll.done():
             self._poll.set_result(None)
         mine = self._poll = asyncio.get_running_loop().create_future()

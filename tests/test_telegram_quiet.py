@@ -213,6 +213,7 @@ def test_one_digest_at_the_end_of_the_night_says_what_was_held_and_lists_it() ->
     assert lines[0] == "🌙 held since 23:00: 12 signals, 8 outcomes 4W/3L +2.1R (1 timeout), 3 alerts cleared"
     assert lines[1] == "23:00 ▲ BUY EURUSD · confidence 80 %"
     assert any(line.endswith("(×3)") for line in lines), "what is the same is listed once"
+    assert "counted above" not in text
     person.tick(3600)
     assert len(person.got) == 1 and person.policy.held == 0
 
@@ -299,6 +300,31 @@ def test_what_a_minute_has_no_room_for_comes_together_a_minute_later() -> None:
     assert len(person.got) == 3
     person.tick()
     assert person.got[3][1].split("\n")[0] == "📥 held since 11:00: 7 signals"
+
+
+def test_a_steady_stream_does_not_keep_a_digest_from_its_place() -> None:
+    person = Person(Clock(), max_per_minute=1)
+    for number in range(400):
+        person.clock.now += 0.5
+        person.hear("signal_generated", SIGNAL)
+        if number % 2:
+            person.tick(0.0)
+    firsts = [text.split("\n")[0] for _, text in person.got]
+    assert firsts[0].startswith("▲") and len(firsts) == 4
+    assert all(first.startswith("📥") for first in firsts[1:])
+
+
+def test_what_was_held_at_night_stays_a_matter_of_the_night_when_more_is_held_in_the_morning() -> None:
+    clock = Clock("2026-03-11 06:59")
+    person = Person(clock, quiet=NIGHT, max_per_minute=2)
+    clock.now += 55
+    person.hear("signal_generated", SIGNAL)
+    person.hear("alert", ALARM)
+    clock.now += 5
+    person.hear("signal_generated", SIGNAL)
+    assert person.policy.held == 2
+    person.tick(0.0)
+    assert person.got[-1][1].startswith("🌙 held since 06:59: 2 signals")
 
 
 def test_a_clock_that_was_set_back_does_not_silence_a_chat() -> None:

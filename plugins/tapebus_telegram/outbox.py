@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from tapebus_telegram.render import Message
+from tapebus_telegram.render import ANSWER, Message
 
 _QUEUE, _DONE, _COUNTS = "queue/", "done/", "counts"
 
@@ -45,6 +45,11 @@ class Entry(msgspec.Struct, omit_defaults=True):
     @property
     def place(self) -> str:
         return place_of(self.chat, self.thread_id)
+
+    @property
+    def disturbs(self) -> bool:
+        """Whether it counts for the bound per minute: an edit makes no sound, and who asked wants the answer."""
+        return not self.edits and self.topic != ANSWER
 
     def shown(self, text: str) -> str:
         return text if self.repeats == 1 else f"{text}\n(×{self.repeats})"

@@ -49,8 +49,14 @@ class Relay:
         self.sender: Sender | None = None
         #: Shared with the sender's thread: only under the outbox's lock.
         self.policy = Policy(settings, self.chats, context.state, wall)
-        symbols = Registry(context.shared, settings.symbols, "plugins.telegram.symbols")
-        self._renderer = Renderer(symbols, settings.mask_numbers)
+        self._receivers = {
+            topic: [chat for chat in self.chats if self.policy.wants(chat, topic)]
+            for topic in settings.relayed(self.chats)
+        }
+        #: Sees every event the consumer gets, before it is rendered.
+        self.observe: Callable[[Any], None] = lambda event: None
+        self.symbols = Registry(context.shared, settings.symbols, "plugins.telegram.symbols")
+        self._renderer = Renderer(self.symbols, settings.mask_numbers)
         self._wall = wall
         self._journal: Journal | None = None
         self._thread: threading.Thread | None = None
@@ -83,11 +89,11 @@ class Relay:
     def handle(self, batch: Iterable[Any]) -> None:
         try:
             for event in batch:
-                message = self._renderer.message(event)
-                if message is None:
-                    continue
-                for chat in self.chats:
-                    if self.policy.wants(chat, event.event_type):
+                self.observe(event)
+                receivers = self._receivers.get(event.event_type)
+                message = self._renderer.message(event) if receivers else None
+                if message is not None:
+                    for chat in receivers or ():
                         self._accept(event, chat, message)
         finally:
             self._wake()

@@ -19,7 +19,10 @@ _LONG_NUMBER = re.compile(r"(?<![\d.,])\d{6,}(?![\d.,]*\d)")
 #: UTF-16 units of a message in a list of messages.
 LINE_UNITS = 120
 
-LOW, NORMAL, HIGH, CRITICAL = range(4)
+#: Above all events is what somebody has asked for and waits for.
+LOW, NORMAL, HIGH, CRITICAL, ASKED = range(5)
+#: What a message is about that answers somebody's command, in place of an event type.
+ANSWER = "answer"
 
 
 class Message(msgspec.Struct, frozen=True):

@@ -162,8 +162,7 @@ class Sender:
 
     def _ready_at(self, entry: Entry) -> float:
         ready_at = self._limits.ready_at(self.target(entry.chat))
-        # an edit disturbs nobody
-        wait = 0.0 if entry.edits else self.policy.wait(entry.chat)
+        wait = self.policy.wait(entry.chat) if entry.disturbs else 0.0
         return max(ready_at, self._clock() + wait) if wait > 0.0 else ready_at
 
     def target(self, chat: int | str) -> int | str:
@@ -224,7 +223,7 @@ class Sender:
                 Notice(f"telegram chat {entry.place}", "info", f"chat {entry.place} takes messages again", "cleared")
             )
         with self.outbox.lock:
-            if not entry.edits:
+            if entry.disturbs:
                 self.policy.sent(entry.chat)
             settle(self.outbox, entry, sent)
 
