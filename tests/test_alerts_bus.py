@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
@@ -216,3 +217,22 @@ def test_a_mistake_in_a_rule_stops_the_start_with_the_nearest_name(data_dir, cap
     config.write_text(rule("silense", topic="market_data"))
     assert main(["check", "--config", str(config), "--data-dir", str(data_dir / "data")]) == 78
     assert "did you mean 'silence'?" in capsys.readouterr().out
+
+
+def test_a_full_store_is_told_on_the_full_tape_and_cleared_once_there_is_room(make_bus):
+    limit = 2 << 20
+    extra = f"[plugins.store]\ninitial_bytes = 65536\nmax_bytes = {limit}\n" + RULES + rule("store_full", name="full")
+    bus = make_bus(["schema", "store", "alerts"], extra).start()
+    data_dir = bus.config.data_dir
+    with publisher(bus) as source:
+        # noise, so that nothing is gained by compressing it
+        noise = {"user_id": "u", "action": "noise", "details": {"noise": os.urandom(30_000).hex()}}
+        while bus.stats()["bus"]["state"] == "running":
+            for _ in range(10):
+                source.publish("user_action", noise)
+        wait_until(lambda: ("raised", "full") in alerts(data_dir), "the alert")
+        bus.kill()
+        bus.config_file.write_text(bus.config_file.read_text().replace(str(limit), str(limit * 4)))
+        bus.start()
+        wait_until(lambda: ("cleared", "full") in alerts(data_dir), "the end of the alert")
+    assert [each for each in alerts(data_dir) if each[1] == "full"] == [("raised", "full"), ("cleared", "full")]
