@@ -52,7 +52,7 @@ def six_hours() -> list[dict[str, Any]]:
 
 def event(kind: str, data: dict[str, Any]) -> Any:
     at = data.get("closed_at", data.get("timestamp", NOON))
-    full = {"r": None, "risk_reward": None, "origin": None} | data
+    full = {"r": None, "pips": None, "risk_reward": None, "origin": None} | data
     return SimpleNamespace(event_type=kind, timestamp=at, bus_seq=1, data=SimpleNamespace(**full))
 
 
@@ -137,6 +137,18 @@ def test_the_figures_of_a_group_are_what_their_definitions_say(results: list[tup
     if len(rs) > 1 and statistics.stdev(rs) > 1e-3:
         sqn = math.sqrt(len(rs)) * statistics.mean(rs) / statistics.stdev(rs)
         assert row["sqn"] == pytest.approx(sqn, rel=1e-3, abs=1e-3)
+
+
+def test_the_whole_report_is_summed_up_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    trades = [
+        payload(0, "P", "WIN", pips=20.5, r=1.5, duration_s=600.0, confidence=71.2),
+        payload(1, "P", "LOSS", pips=-10.0, r=-1.0, duration_s=1200.0, confidence=92.0),
+        payload(2, "P", "TIMEOUT", pips=3.0, r=0.1, duration_s=9000.0),
+        payload(3, "P", "CANCELLED"),
+    ]
+    show.report(reported(trades))
+    line = "4 signals, 50 % resolved, +10.5 pips, 15.0 minutes on average, worst drawdown 1.0 R, confidence 71.2-92.0"
+    assert line in " ".join(capsys.readouterr().out.split())
 
 
 def test_without_a_loss_there_is_no_profit_factor_and_no_drawdown() -> None:

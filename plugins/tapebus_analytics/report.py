@@ -47,6 +47,7 @@ class Trade(Struct, frozen=True):
     opened_at: float
     outcome: str | None = None
     r: float | None = None
+    pips: float | None = None
     risk_reward: float | None = None
     duration_s: float | None = None
     fired: bool = False
@@ -70,10 +71,14 @@ class Group:
         self.mean = self.squares = self.gain = self.pain = 0.0
         self.equity = self.peak = self.drawdown = 0.0
         self.duration, self.duration_n = 0.0, 0
+        self.pips: float | None = None
+        self.confidence: tuple[float, float] | None = None
         self.trial = Trial()
 
     def add(self, trade: Trade, config: Config) -> None:
         self.fired += trade.fired
+        low, high = self.confidence or (trade.confidence, trade.confidence)
+        self.confidence = min(low, trade.confidence), max(high, trade.confidence)
         if trade.outcome in ("WIN", "LOSS"):
             win = trade.outcome == "WIN"
             self.wins += win
@@ -88,6 +93,8 @@ class Group:
             if trade.duration_s is not None:
                 self.duration += trade.duration_s
                 self.duration_n += 1
+            if trade.pips is not None:
+                self.pips = (self.pips or 0.0) + trade.pips
             if (result := trade.result) is not None:
                 self._result(result)
 
@@ -137,6 +144,9 @@ class Group:
             "sqn": _rounded(self.sqn),
             "max_drawdown_r": _rounded(self.drawdown),
             "mean_duration_s": _rounded(self.duration / self.duration_n) if self.duration_n else None,
+            "pips": _rounded(self.pips),
+            "confidence": self.confidence,
+            "resolved": _percent((self.n + self.undecided["breakevens"]) / self.signals) if self.signals else None,
             **self.undecided,
             "repeats": self.repeats,
             "fired": self.fired,
@@ -306,6 +316,7 @@ def _ended(data: Any, signal: Trade | None) -> Trade:
         data.opened_at,
         data.outcome,
         data.r,
+        data.pips,
         planned,
         None if data.origin is not None and data.duration_s == 0 else data.duration_s,
         data.fired,

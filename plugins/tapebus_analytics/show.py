@@ -93,6 +93,7 @@ def draw(low: float, high: float, rate: float | None, mark: float | None = None)
 
 def _notes(console: Console, found: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None:
     overall = found["overall"]
+    console.print(_line(overall))
     counts = [f"{overall[key]} {key}" for key in UNDECIDED.values() if overall[key]]
     if counts:
         console.print(f"neither won nor lost: {', '.join(counts)}")
@@ -106,6 +107,20 @@ def _notes(console: Console, found: dict[str, Any], rows: dict[str, dict[str, An
             console.print(f"[{colour}]{_safe(name)} is {row['verdict']}[/], adjusted p = {row[key]:.2g}")
     if not any(row["verdict"] for row in rows.values()):
         console.print("no rate here is proven to differ from breakeven")
+
+
+def _line(overall: dict[str, Any]) -> str:
+    """The whole report in a line: as much of it as is known."""
+    parts = [f"{overall['signals']} signals, {overall['resolved']:g} % resolved"]
+    if overall["pips"] is not None:
+        parts.append(f"{overall['pips']:+.1f} pips")
+    if overall["mean_duration_s"]:
+        parts.append(f"{overall['mean_duration_s'] / 60:.1f} minutes on average")
+    if overall["expectancy_r"] is not None:
+        parts.append(f"worst drawdown {overall['max_drawdown_r']:.1f} R")
+    low, high = overall["confidence"]
+    parts.append(f"confidence {low:.1f}-{high:.1f}")
+    return ", ".join(parts)
 
 
 def _calibration(console: Console, found: dict[str, Any]) -> None:
