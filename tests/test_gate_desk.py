@@ -167,6 +167,30 @@ def test_what_is_left_after_a_partial_close_is_what_counts_as_open_risk():
     assert risk["actual"] == pytest.approx(150.0 + verdict["risk"])
 
 
+def test_an_account_kept_in_another_currency_is_sized_in_it():
+    table = Table()
+    table.account(currency="EUR")
+    table.quote()
+    (verdict,) = table.signal()
+    assert (verdict["fire"], verdict["lots"]) == (True, 0.77)  # 100 EUR, at 1.1699 USD each
+    assert verdict["risk"] == pytest.approx(0.77 * 150 / 1.1699)
+
+
+def test_an_order_of_a_person_counts_with_the_risk_to_its_stop_once_it_is_filled():
+    table = Table(track_manual=True).ready()
+    order = {"fire_id": "m1", "symbol": "EURUSD", "direction": "BUY", "lot": 2.0, "sl": 1.1690}
+    table.send("fire_command", {**order, "execution_mode": "MANUAL"})
+
+    def open_risk(signal_id):
+        (verdict,) = table.signal(signal_id)
+        found = next(rule["actual"] for rule in verdict["rules"] if rule["name"] == "total_open_risk")
+        return found - verdict["risk"]
+
+    assert open_risk("S1") == pytest.approx(100.0), "nobody knows the price yet: one full trade"
+    table.send("trade_executed", {"fire_id": "m1", "status": "FILLED", "ticket": 1, "price": 1.17, "volume": 2.0})
+    assert open_risk("S2") == pytest.approx(200.0 + 99.0), "a hundred points of two lots, and the order of S1"
+
+
 # -- users --------------------------------------------------------------------------------------
 
 DESKS = {

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, structs
 
 from tapebus.errors import ConfigError
 
@@ -71,6 +71,12 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
         for band in (self.confidence_band, *(p.confidence_band for p in self.patterns.values())):
             if band[0] > band[1]:
                 raise ValueError(f"confidence_band {list(band)}: the lower end comes first")
+
+    def counted_in(self, currency: str | None) -> Config:
+        """This configuration for an account that its broker says is kept in `currency`; None says nothing."""
+        if not currency or currency.upper() == self.account_currency:
+            return self
+        return structs.replace(self, account_currency=currency.upper())
 
     def band(self, pattern: str | None) -> tuple[float, float]:
         """The closed confidence band that applies to `pattern`."""

@@ -52,9 +52,10 @@ class Decider:
         """Judge the signal for the user of `table`, and fire it at the terminal `target` where nothing forbids it."""
         signal = read_signal(event)
         numbers = (view.number for view in table.accounts.values() if view.number)
-        config, known = self.config_of(table.user_id), self.desk.known(*table.accounts, *numbers)
+        account, known = account_of(table), self.desk.known(*table.accounts, *numbers)
+        config = self.config_of(table.user_id).counted_in(None if account is None else account.currency)
         view = slot_view(table, quotes, signal.at, config, known)
-        verdict = evaluate(signal, account_of(table), view, quotes, config, known)
+        verdict = evaluate(signal, account, view, quotes, config, known)
         self.verdicts += 1
         payload = verdict_payload(signal, verdict, table.user_id, table.used)
         self.context.emit("gate_verdict", payload, cause=event, user_id=table.user_id)
@@ -155,7 +156,7 @@ def account_of(table: SlotTable) -> Account | None:
     if not views:
         return Account(heartbeat_at=oldest) if beats else None
     poorest = min(views, key=lambda view: view.balance or 0.0)
-    return Account(poorest.balance, poorest.equity, oldest, poorest.free_margin)
+    return Account(poorest.balance, poorest.equity, oldest, poorest.free_margin, poorest.currency)
 
 
 def slot_view(table: SlotTable, quotes: Mapping[str, Quote], now: float, config: Config, known: Known) -> SlotView:

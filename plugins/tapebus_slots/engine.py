@@ -286,6 +286,7 @@ class Engine:
             jump = self.config_of(table.user_id).balance_jump
             table.balance(name, balance, get(data, "equity"), jump, event.timestamp, event.bus_seq)
             view, margin = table.accounts[name], get(data, "free_margin")
+            view.currency = get(data, "currency") or view.currency
             if margin is not None:
                 view.free_margin, view.margin_at = margin, event.timestamp
 

@@ -141,7 +141,7 @@ class Recording:
         return found
 
     def _case(self, signal: Signal, result: Result | None, quotes: Mapping[str, Quote], assumed: bool) -> Case:
-        config = self._desk.config_of(self.user)
+        config = self._desk.config_of(self.user).counted_in(_currency(self._account))
         return Case(signal, result, self._account, quotes, config, self._desk.known(*self._terminals), assumed)
 
     def _assumed(self, signal: Signal) -> dict[str, Quote]:
@@ -163,7 +163,8 @@ class Recording:
         beat = event.timestamp if event.event_type == "ea_heartbeat" else None
         if beat is None and self._account is not None:
             beat = self._account.heartbeat_at
-        self._account = Account(balance, get(data, "equity"), beat)
+        currency = get(data, "currency") or _currency(self._account)
+        self._account = Account(balance, get(data, "equity"), beat, currency=currency)
 
     def _fact(self, event: Any) -> None:
         """What the desk refused when it happened is refused again."""
@@ -175,6 +176,10 @@ class Recording:
                 self._desk.handlers[event.event_type](event)
         except (ValueError, ConfigError):
             return
+
+
+def _currency(account: Account | None) -> str | None:
+    return None if account is None else account.currency
 
 
 def _imported(data: Any) -> Signal:

@@ -190,6 +190,7 @@ class AccountView(Struct, omit_defaults=True):
     moved_seq: int = 0
     free_margin: float | None = None
     margin_at: float | None = None
+    currency: str | None = None
 
     @property
     def complete(self) -> bool:

@@ -34,12 +34,16 @@ class Signal(Struct, frozen=True):
 
 
 class Account(Struct, frozen=True):
-    """The account's last known figures; ``heartbeat_at`` is None as long as no heartbeat was ever seen."""
+    """The account's last known figures; ``heartbeat_at`` is None as long as no heartbeat was ever seen.
+
+    ``currency`` is what the broker says they are in; None where it does not.
+    """
 
     balance: float | None = None
     equity: float | None = None
     heartbeat_at: float | None = None
     free_margin: float | None = None
+    currency: str | None = None
 
 
 class Held(Struct, frozen=True):
