@@ -64,6 +64,7 @@ def test_the_outcomes_of_a_day_are_those_of_a_scan_over_kills(
             bus.kill()  # with what was published last on its way
             publish(publisher, events[middle : (number + 1) * step])
             bus.start()
+            assert publisher.flush(PATIENCE)  # or what waits would be more than it keeps, after a few kills
         publish(publisher, events[(kills + 1) * step :])
         assert publisher.flush(PATIENCE * 4)
     wait_until(lambda: len(outcomes(bus)) >= signals, "an outcome of every signal", PATIENCE * 4)
