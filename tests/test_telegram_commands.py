@@ -210,6 +210,7 @@ def desk(talk: Talk) -> None:
     see(event("slot_released", NOW - 40, user_id="7176191872", **released))
     beat = {"target_uuid": "U", "account_number": "87654321", "balance": 1.0, "equity": 1.0}
     see(event("ea_heartbeat", NOW - 12, **beat, open_positions=4, positions=[]))
+    see(event("ea_heartbeat", NOW - 5, **{**beat, "target_uuid": "V"}, open_positions=0, positions=[]))
     see(event("pattern_status", pattern_type="SWEEP", status="disabled", reason="r", n=1, wins=1))
     see(event("alert", NOW - 300, name="feed", severity="critical", message="silent since 07:00"))
     see(event("alert", NOW - 300, name="lag", severity="warning", message="behind"))
@@ -292,7 +293,9 @@ def listening(
     async def run(clock: Callable[[], float]) -> Listener:
         async with BotApi(TOKEN, clock) as server:
             log = logging.getLogger("tapebus.telegram")
-            listener = Listener(commands, [GROUP, "@news"], more.get("done", 0), more.get("at", 0.0), log, clock)
+            names = {"/group", "/pause", "/help"}
+            chats = [GROUP, "@news"]
+            listener = Listener(commands, names, chats, more.get("done", 0), more.get("at", 0.0), log, clock)
             api = BotTransport(server.url, Secret(TOKEN))
             task = asyncio.create_task(listener.listen(api))
             try:
@@ -338,6 +341,7 @@ def test_only_allowed_people_in_allowed_chats_are_heard_and_the_rest_is_counted_
         server.say("/others_chat", OWNER, VIEWER)
         server.say("hello", OWNER)
         server.say("/other_bot@b_bot", OWNER, GROUP)
+        server.say("/perhaps_other_bot", OWNER, GROUP)
         server.say("/mine@A_Bot now", OWNER, GROUP)
         server.say("/bot", OWNER, GROUP, **{"from": {"id": OWNER, "is_bot": True, "first_name": "x"}})
         server.say("/channel", OWNER, GROUP, **{"from": None, "sender_chat": {"id": GROUP}})
@@ -349,7 +353,17 @@ def test_only_allowed_people_in_allowed_chats_are_heard_and_the_rest_is_counted_
 
     listener = listening(PEOPLE, script)
     assert said == ["/own", "/group", "/mine@A_Bot now", "/last"]
-    assert dict(listener.ignored) == {"strangers": 4, "no_command": 2, "no_person": 2}
+    assert dict(listener.ignored) == {"strangers": 4, "no_command": 3, "no_person": 2}
+
+
+def test_what_is_asked_in_a_topic_of_a_forum_is_known_to_be_from_there() -> None:
+    async def script(server: Any, listener: Listener) -> None:
+        server.say("/help", OWNER, GROUP, message_thread_id=9, is_topic_message=True)
+        server.say("/help", OWNER, GROUP, message_thread_id=1001)  # an answer to a message, in no topic
+        await until(lambda: listener.inbox.qsize() == 2, "both questions")
+        assert [listener.inbox.get_nowait().thread_id for _ in range(2)] == [9, None]
+
+    listening(PEOPLE, script)
 
 
 def test_a_list_of_chats_replaces_the_configured_ones() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
+from collections.abc import Callable
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
@@ -13,6 +16,7 @@ from hypothesis import strategies as st
 
 from tapebus.errors import ConfigError
 from tapebus.events import GenericEvent
+from tapebus.testing import ListBatch
 from tapebus_telegram.markup import MAX_UNITS, units
 from tapebus_telegram.quiet import LISTED, Policy, summary
 from tapebus_telegram.render import Message, Renderer
@@ -351,3 +355,95 @@ def test_a_summary_reads(tally: dict[str, float], text: str) -> None:
 
 def test_the_bus_is_asked_only_for_event_types_that_somebody_gets() -> None:
     assert Settings().relayed([Chat(id=1)]) == tuple(name for name, mode in MESSAGES.items() if mode != "off")
+
+
+# -- through the relay to a server ----------------------------------------------------------------------
+
+
+def simulated(scenario: Callable[[], Any]) -> None:
+    pytest.importorskip("telegram", reason="sending is an extra of the Telegram plugin")
+    from telegram_support import simulate
+
+    simulate(scenario)
+
+
+def at(world: Any, text: str) -> float:
+    """The seconds of the world's clock that are `text` in Berlin."""
+    moment = datetime.fromisoformat(text).replace(tzinfo=ZoneInfo("Europe/Berlin")).timestamp()
+    return moment - (world.loop.wall() - world.loop.time())
+
+
+def test_silent_messages_forum_topics_and_types_that_are_off_reach_telegram_as_such(tmp_path: Path) -> None:
+    from telegram_support import World, event
+
+    chat = {"id": -5, "thread_id": 3, "threads": {"alert": 9}, "messages": {"signal_generated": "silent"}}
+
+    async def scenario() -> None:
+        async with World(tmp_path, chats=[chat]) as world:
+            events = [event(1), event(2, "alert", name="x", message="m"), event(3, "gate_verdict", fire=False)]
+            await world.handle(ListBatch(events))
+            await world.drain()
+            assert [
+                (call["visible"].split("\n")[0], call.get("message_thread_id"), call.get("disable_notification"))
+                for call in world.server.accepted
+            ] == [("⚠️ x", 9, None), ("▲ BUY EURUSD", 3, "true")]
+
+    simulated(scenario)
+
+
+def test_a_night_ends_in_one_digest_also_over_restarts_and_only_the_alarm_came_before(tmp_path: Path) -> None:
+    from telegram_support import World, event, signals
+
+    async def scenario() -> None:
+        async with World(tmp_path, quiet=NIGHT, queue=50) as world:
+            await asyncio.sleep(at(world, "2023-11-15 23:00") - world.now)
+            for hour in range(8):
+                await world.handle(signals(20, 1 + 20 * hour))
+                world.commit()
+                await asyncio.sleep(1800)
+                await world.restart()
+                await asyncio.sleep(1795)
+            await world.handle(ListBatch([event(500, "alert", name="x", severity="critical", message="m")]))
+            await world.drain()
+            (alarm,) = world.server.accepted
+            assert alarm["visible"].startswith("⚠️ CRITICAL x")
+            world.commit()
+            await asyncio.sleep(at(world, "2023-11-16 07:00") - world.now)
+            await world.restart()
+            await world.until(lambda: len(world.server.accepted) == 2, "the digest")
+            for _ in range(100):
+                await asyncio.sleep(60)
+                world.commit()
+            assert len(world.server.accepted) == 2 and not world.server.broken
+            assert world.server.accepted[1]["visible"].startswith("🌙 held since 23:00: 160 signals\n23:00 ▲ BUY")
+
+    simulated(scenario)
+
+
+def test_a_flood_never_breaks_the_bound_of_a_minute_not_even_over_restarts_and_every_event_is_told(
+    tmp_path: Path,
+) -> None:
+    from telegram_support import World, signals
+
+    async def scenario() -> None:
+        async with World(tmp_path, chats=[{"id": 7, "max_per_minute": 5}]) as world:
+            begun, said = world.now, 0
+            while world.now < begun + 300:
+                await world.handle(signals(3, 1 + said))
+                said += 3
+                world.commit()
+                await asyncio.sleep(1)
+                world.commit()
+                if said % 150 == 0:
+                    await world.restart()
+            for _ in range(140):
+                await asyncio.sleep(1)
+                world.commit()
+            times = [call["at"] for call in world.server.accepted]
+            assert all(later - earlier >= 60 for earlier, later in zip(times, times[5:], strict=False))
+            texts = [call["visible"] for call in world.server.accepted]
+            digests = [text for text in texts if text.startswith("📥")]
+            told = sum(int(text.split(": ")[1].split()[0]) for text in digests) + len(texts) - len(digests)
+            assert told == said and len(digests) >= 5
+
+    simulated(scenario)

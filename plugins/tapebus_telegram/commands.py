@@ -78,7 +78,7 @@ class Commander:
         self.counts: Counter[str] = Counter()
         blob = context.state.get(_STATE)
         self.done = msgspec.msgpack.decode(blob, type=Done) if blob is not None else Done()
-        self._table: dict[str, Callable[[list[str]], Reply]] = {
+        self.table: dict[str, Callable[[list[str]], Reply]] = {
             "/status": self._show_status,
             "/slots": lambda words: Reply(self._board.slot_list(self._clock())),
             "/pause": lambda words: self._switch(True),
@@ -122,7 +122,7 @@ class Commander:
             self._post(said.chat, key, ANSWER, html, plain, ASKED, said.thread_id)
 
     def _reply(self, said: Said, name: str, words: list[str], now: float) -> Reply:
-        command = self._table.get(name)
+        command = self.table.get(name)
         if command is None:
             return Reply([[(f"{cut(name, 50)} is no command of mine; ", ""), ("/help", "code")]], result="unknown")
         if now - said.at > self._commands.max_age_s:
@@ -201,7 +201,7 @@ class Operators:
         self.commander = Commander(context, commands, self.board, post, figures, clock)
         done = self.commander.done
         ids = [chat.id for chat in receivers]
-        self.listener = Listener(commands, ids, done.update_id, done.at, context.log, clock)
+        self.listener = Listener(commands, self.commander.table, ids, done.update_id, done.at, context.log, clock)
 
     def see(self, event: Any) -> None:
         """Learn from `event`; where it is a command of ours, Telegram may forget it now."""

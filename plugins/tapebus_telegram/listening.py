@@ -12,7 +12,7 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from queue import SimpleQueue
 from typing import Any
 
@@ -69,12 +69,14 @@ class Listener:
     """`listen` runs as a coroutine on the loop that also sends; `settle` is called by the consumer's thread, and the
     figures may be read by all.
 
+    `names` are the commands there are, `receivers` the configured chats.
     `confirmed` is the last update known to be done with and `confirmed_at` when that was (Unix seconds).
     """
 
     def __init__(
         self,
         commands: Commands,
+        names: Collection[str],
         receivers: Iterable[int | str],
         confirmed: int,
         confirmed_at: float,
@@ -89,6 +91,7 @@ class Listener:
         #: The bot's own name, as soon as Telegram has told it.
         self.username = ""
         self._commands = commands
+        self._names = names
         self._receivers = tuple(receivers)
         self._confirmed, self._confirmed_at = confirmed, confirmed_at
         self._log = log
@@ -176,15 +179,14 @@ class Listener:
             if last:
                 self._confirmed, self._confirmed_at = last, self._clock()
             return
-        deadline = asyncio.get_running_loop().time() + SETTLE_S
-        while self._confirmed < heard and (left := deadline - asyncio.get_running_loop().time()) > 0:
-            self._bell.clear()
-            try:
-                await asyncio.wait_for(self._bell.wait(), left)
-            except TimeoutError:
-                return
-        if self._confirmed >= heard:
-            self._confirmed = max(self._confirmed, last)  # behind what was heard there may be more that nobody wants
+        try:
+            async with asyncio.timeout(SETTLE_S):
+                while self._confirmed < heard:
+                    self._bell.clear()
+                    await self._bell.wait()
+        except TimeoutError:
+            return
+        self._confirmed = max(self._confirmed, last)  # behind what was heard there may be more that nobody wants
 
     def _said(self, update: Any) -> Said | None:
         try:
@@ -205,6 +207,9 @@ class Listener:
         return Said(update["update_id"], message.sender.id, message.chat.id, message.text, message.date, thread)
 
     def _is_for_us(self, message: _Message) -> bool:
-        """In a group a command may be another bot's: ``/status@other_bot``."""
-        _, at, name = message.text.split(maxsplit=1)[0].partition("@")
-        return not at or name.lower() == self.username
+        """In a group a command may be another bot's: named after it, ``/status@other_bot``, or one we do not know."""
+        name, at, bot = message.text.split(maxsplit=1)[0].partition("@")
+        if at:
+            return bot.lower() == self.username
+        alone = message.sender is not None and message.chat.id == message.sender.id
+        return alone or name.lower() in self._names
