@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bus_support import PATIENCE
 from tapebus import Tape
@@ -337,6 +339,55 @@ def test_fields_without_a_place_are_counted(plan):
     assert report["fields_left_out"] == {"xp_reward": 2}
 
 
+#: Values that old programs, or a half-written line, may have in any field.
+ANYTHING = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.just([1]), st.just({"a": 1}),
+    st.sampled_from(["BUY", "SELL", "WIN", "LOSS", "timeout", "2025-09-04T15:33:20", "83.5", AT, 1.1, 1.2, 1.0, 50.0]),
+)  # fmt: skip
+FIELDS = sorted(
+    {key for record in (truth(), tracked(), record_44(), born(), ended()) for key in record}
+    | {"rr", "quality", "action", "attempted_at", "last_updated", "generated_at", "outcome_source", "fresh_start"}
+)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([truth, tracked, record_44, born, ended]),
+            st.dictionaries(st.sampled_from(FIELDS), ANYTHING, max_size=4),
+            st.integers(1, 3),
+        ),
+        max_size=12,
+    )
+)
+def test_whatever_a_log_holds_every_line_has_one_fate_and_a_signal_one_event(lines):
+    from tapebus_legacy import facts, signals
+    from tapebus_legacy.account import REFUSED, REMARKED, Account
+    from tapebus_trading.symbols import Registry
+
+    account, found = Account("log"), []
+    for number, (make, changes, which) in enumerate(lines, 1):
+        record = make(**changes) if make is record_44 else make(which, **changes)
+        shape = facts.recognise(record)
+        if shape in (facts.REMARK, facts.UNKNOWN_SHAPE):
+            account.note(shape, REMARKED if shape == facts.REMARK else REFUSED, number, "x")
+            continue
+        try:
+            found.append(facts.fact(record, shape, 0, number))
+        except facts.Refused as refused:
+            account.note(shape, REFUSED, number, refused.reason)
+    account.lines = len(lines)
+    signals.settle(found)
+    made = signals.plan(found, {}, Registry(), lambda event: None, [account], lambda fact: "log")
+    assert account.balanced and account.totals["mapped"] == len(made)
+    assert len({each.data["signal_id"] for each in made}) == len(made)
+    for each in made:
+        if each.event_type == "signal_outcome":
+            assert each.data["closed_at"] - each.data["opened_at"] == each.data["duration_s"] >= 0
+            if each.data["outcome"] in ("WIN", "LOSS") and each.data.get("r") is not None:
+                assert (each.data["r"] > 0) == (each.data["outcome"] == "WIN")
+
+
 def test_a_heading_and_an_attempt_are_remarks(plan):
     attempt = {"signal_id": "S", "action": "positive_close_attempt", "attempted_at": "2025-08-11T08:03:17", "note": "x"}
     report, _ = plan({"fresh_start": "today", "timestamp": "2025-08-11T02:02:10+00:00"}, attempt, truth())
@@ -371,8 +422,8 @@ def test_gzip_zstandard_and_standard_input_are_read_by_what_is_in_them(tmp_path)
         "--json",
         "-",
     ]
-    for given in (text, gzip.compress(text)):
-        done = subprocess.run(command, input=given, capture_output=True, timeout=PATIENCE, check=True)
+    for packed in (text, gzip.compress(text)):
+        done = subprocess.run(command, input=packed, capture_output=True, timeout=PATIENCE, check=True)
         assert json.loads(done.stdout)["events"] == 50
 
 
@@ -608,6 +659,20 @@ def test_an_import_killed_in_the_middle_is_completed_exactly_by_the_next(running
     ids = Counter(each.data.signal_id for each in outcomes(running))
     assert len(ids) == 2000 and set(ids.values()) == {1}
     assert [each.name for each in (running.data_dir / "import").iterdir()] == ["lock"]
+
+
+def test_a_bus_killed_under_an_import_gets_all_of_it_once_after_its_restart(make_bus, tmp_path):
+    bus = make_bus(["schema", "store"]).start()
+    file = log(tmp_path / "long.jsonl", *(truth(number) for number in range(20_000)))
+    command = [sys.executable, "-m", "tapebus", "import", "--config", str(bus.config_file), "--json", file]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as running:
+        bus.wait_for(lambda stats: stats["bus"]["last_seq"] > 1000, "to have some of it")
+        bus.kill()
+        bus.start()
+        out, _ = running.communicate(timeout=PATIENCE)
+    assert running.returncode == 0 and json.loads(out)["stored"] == 20_000
+    ids = Counter(each.data.signal_id for each in outcomes(bus))
+    assert len(ids) == 20_000 and set(ids.values()) == {1}
 
 
 def test_what_a_killed_import_left_through_another_endpoint_is_named(running, tmp_path, data_dir, capsys):

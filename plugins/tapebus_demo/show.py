@@ -206,7 +206,7 @@ def _print_next(console: Console, summary: dict[str, Any]) -> None:
         where = f"--data-dir {summary['data_dir']}"
         lines = [f"tapebus query {where} --topic signal_outcome --limit 5", f"tapebus dlq list {where}"]
         if story is not None:
-            lines.insert(0, f"tapebus query {where} --correlation-id {story['signal_id']}")
+            lines.insert(0, f"tapebus explain {where} {story['signal_id']}")
         lines.append(f"tapebus run --config {summary['config']}")
     else:
         lines = ["tapebus demo --keep      # then look at the tape with tapebus query and tapebus dlq"]

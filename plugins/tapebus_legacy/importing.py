@@ -128,7 +128,7 @@ class Import:
         return check
 
     def _origin(self, found: Fact) -> str:
-        return f"{Path(self.paths[found.file]).name}:{found.line}"
+        return f"{os.path.basename(self.paths[found.file])}:{found.line}"
 
     def run(self, endpoint: str | None) -> None:
         """Publish what is new, wait until it is on disk, and look for it on the tape."""
