@@ -125,15 +125,14 @@ class Recording:
         def fresh(last: dict[str, Quote], at: float) -> dict[str, Quote]:
             return {name: quote for name, quote in last.items() if quote.at >= at - reach}
 
-        windows = _windows(signals, reach)
-        for number, (begin, end, seqs) in enumerate(windows):
-            self._progress(number / (2 * len(windows)))
+        for begin, end, seqs in _windows(signals, reach):
             waiting = sorted(seqs, reverse=True)
             last: dict[str, Quote] = {}
             for event in self._tape.read(topics=["market_data"], since=begin, until=end):
                 while waiting and event.bus_seq > waiting[-1]:
                     seq = waiting.pop()
                     found[seq] = fresh(last, signals[seq])
+                    self._progress(len(found) / (2 * len(signals)))
                 if not waiting:
                     break
                 last[event.data.symbol] = Quote(event.data.bid, event.data.ask, event.timestamp)
