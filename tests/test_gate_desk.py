@@ -127,6 +127,13 @@ def test_the_order_carries_the_levels_the_lots_were_sized_for():
     assert (fire["sl"], fire["tp"], fire["lot"]) == (1.16849, 1.172, 0.66)
 
 
+def test_verdict_and_order_belong_to_the_chain_of_the_signal_also_where_it_names_none():
+    table = Table().ready()
+    table.signal("S1"), table.signal("S2", envelope={"correlation_id": "chain"})
+    found = [(w.event_type, w.correlation_id) for w in table.bench.emitted if not w.event_type.startswith("slot")]
+    assert found == [(kind, chain) for chain in ("S1", "chain") for kind in ("gate_verdict", "fire_command")]
+
+
 def test_a_signal_published_twice_fires_once_also_after_a_restart():
     table = Table().ready()
     assert table.signal()[0]["fire"]

@@ -58,7 +58,8 @@ class Decider:
         verdict = evaluate(signal, account, view, quotes, config, known)
         self.verdicts += 1
         payload = verdict_payload(signal, verdict, table.user_id, table.used)
-        self.context.emit("gate_verdict", payload, cause=event, user_id=table.user_id)
+        chain = event.correlation_id or signal.signal_id
+        self.context.emit("gate_verdict", payload, cause=event, correlation_id=chain, user_id=table.user_id)
         return [self._fire(table, signal, verdict, event, target)] if verdict.fire else []
 
     def _fire(
@@ -84,7 +85,10 @@ class Decider:
         }
         if target is not None:
             command["target_uuid"] = target
-        self.context.emit("fire_command", command, cause=event, user_id=table.user_id, priority="high")
+        chain = event.correlation_id or signal.signal_id
+        self.context.emit(
+            "fire_command", command, cause=event, correlation_id=chain, user_id=table.user_id, priority="high"
+        )
         slot = Slot(
             fire_id,
             "RESERVED",
