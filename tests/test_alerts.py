@@ -268,6 +268,33 @@ def test_a_machine_that_slept_begins_to_watch_anew():
     assert desk.told == ["raised quiet"]
 
 
+def test_a_clock_that_is_set_back_hides_no_silence():
+    desk = Desk(SILENCE, {"kind": "lag", "name": "lag", "threshold": 100.0, "for_s": 10.0})
+    desk.quote()
+    desk.lag_ms = 500.0
+    desk.wait(5)
+    desk.now -= 3600
+    desk.wait(9)
+    assert desk.told == []
+    desk.wait(40)
+    assert sorted(desk.told) == ["raised lag:slow", "raised quiet"]
+    desk.now -= 3600
+    desk.wait(100)
+    assert desk.told == [], "what is raised stays"
+
+
+def test_a_loss_passes_with_its_window_also_where_the_clock_is_set_back():
+    desk = Desk({"kind": "loss", "name": "loss", "of": "dropped", "window_s": 60.0})
+    desk.wait(70)
+    desk.counts["dropped"] = {"client.full": 3}
+    desk.wait(5)
+    desk.now -= 3600
+    desk.wait(50)
+    assert desk.told == ["raised loss"]
+    desk.wait(30)
+    assert desk.told == ["cleared loss"]
+
+
 def test_nothing_is_called_silent_while_the_plugin_itself_is_late():
     desk = Desk(SILENCE)
     desk.quote()

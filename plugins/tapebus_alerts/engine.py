@@ -130,7 +130,7 @@ class Engine:
     def on_tick(self, now: float) -> None:
         """Look at everything, and tell what has changed."""
         if not self._awake or not 0 <= now - self._now <= PAUSE_S + self.settings.tick_s:
-            self._awake = now
+            self._wake(now)
         self._now = now
         figures = self.context.figures()
         moment = Moment(now, self._awake, figures, self._hours)
@@ -151,6 +151,15 @@ class Engine:
                 told.add(self._judge(watch.rule, reading, now))
         for name in self.standing.keys() - told:
             self._no_longer(name, now)
+
+    def _wake(self, now: float) -> None:
+        """Begin to watch anew after a start, a pause, or a clock that was set; so does what must last for a while."""
+        self._awake = now
+        for name, standing in list(self.standing.items()):
+            standing.good_since = None
+            standing.told = min(standing.told, now)
+            if not standing.raised:
+                del self.standing[name]
 
     def _judge(self, rule: Rule, reading: Reading, now: float) -> str:
         """Compare one reading with its rule; the name of its alert."""

@@ -14,6 +14,8 @@ from tapebus_trading.sessions import week_hour
 #: How often, in parts of the threshold, a busy topic is searched for the symbols or sources that are watched.
 LOOKS = 10
 _HOUR = 3600.0
+#: Between the arrival of an event and a look at the clock no more than this can be wrong.
+_AHEAD_S = 5.0
 
 
 def silent_for(last: float, moment: Moment, session: str, grace_s: float, limit: float) -> float | None:
@@ -26,8 +28,10 @@ def silent_for(last: float, moment: Moment, session: str, grace_s: float, limit:
     if opened is None:
         return None
     begin = max(moment.awake, opened + grace_s if opened else 0.0)
-    silence = moment.at - max(last, begin)
-    return silence if last >= begin or silence > limit else None
+    # what seems to come from the future came before the clock was set back
+    seen = begin <= last <= moment.at + _AHEAD_S
+    silence = moment.at - (last if seen else begin)
+    return silence if seen or silence > limit else None
 
 
 class SilenceWatch(Watch[Silence]):

@@ -128,8 +128,10 @@ class Rise:
     def add(self, at: float, counters: Mapping[str, int]) -> dict[str, int]:
         """Note `counters` and tell what has grown since the window began, or since the first note."""
         samples = self._samples
-        if samples and any(counters.get(name, 0) < count for name, count in samples[-1][1].items()):
-            samples.clear()  # counted anew, or added up elsewhere
+        if samples and (
+            at < samples[-1][0] or any(counters.get(name, 0) < count for name, count in samples[-1][1].items())
+        ):
+            samples.clear()  # the clock was set back, or it is counted anew or elsewhere
         if not samples or at - samples[-1][0] >= self._window / 60:
             samples.append((at, dict(counters)))
         # the newest of the old ones is where the window begins
