@@ -75,6 +75,25 @@ def test_what_is_passed_over_and_what_is_kept_of_it_are_as_said(events, a, b, un
     assert {name: (each.seen, each.time, each.last) for name, each in bands.items()} == kept
 
 
+@given(BOUNDS, st.lists(st.tuples(st.floats(-9, 9), st.floats(-9, 9))))
+def test_a_band_that_takes_numbers_is_wide_enough_for_all_of_them_and_no_wider(bounds, numbers):
+    made = band(bounds)
+    for n, (first, second) in enumerate(numbers):
+        made.take(first, second, float(n), n)
+    expected = list(bounds)
+    for first, second in numbers:
+        # a bound that is no number stays what it is
+        expected = [
+            first if first < expected[0] else expected[0],
+            first if first > expected[1] else expected[1],
+            second if second < expected[2] else expected[2],
+            second if second > expected[3] else expected[3],
+        ]
+    found = (made.low_first, made.high_first, made.low_second, made.high_second)
+    assert repr(found) == repr(tuple(expected)) and made.seen == len(numbers)
+    assert not numbers or (made.time, made.last) == (len(numbers) - 1.0, len(numbers) - 1)
+
+
 def test_nothing_is_passed_over_before_an_example_and_none_is_learned_of_a_payload_without_the_fields():
     tick = CLASSES["tick"](timestamp=0.0, source="", data=Tick("a", 1.0, 2.0))
     quiet = Bands({"a": Band()}, "name", "low", "top")

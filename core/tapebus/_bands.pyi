@@ -9,6 +9,7 @@ class Band:
     time: float
     seen: int
     last: Any
+    def take(self, first: float, second: float, time: float, last: Any) -> None: ...
 
 class Bands:
     bands: dict[str, Any]

@@ -22,6 +22,19 @@ cdef class Band:
         self.seen = 0
         self.last = None
 
+    def take(self, double first, double second, double time, last):
+        if first < self.low_first:
+            self.low_first = first
+        if first > self.high_first:
+            self.high_first = first
+        if second < self.low_second:
+            self.low_second = second
+        if second > self.high_second:
+            self.high_second = second
+        self.seen += 1
+        self.time = time
+        self.last = last
+
     cdef inline bint holds(self, double first, double second) noexcept:
         # written so that NaN is never inside
         return self.low_first <= first <= self.high_first and self.low_second <= second <= self.high_second

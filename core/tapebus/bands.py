@@ -14,8 +14,9 @@ bounds the two may lie without anybody having to look; -inf to inf at first. ::
 ``skip(iterator)`` takes events and returns the first that has to be looked at, None at the end: one of another type,
 out of its band, with its first number above the second, or not before ``until`` (event time, inf at first). Of each
 one passed over its band keeps ``time`` and payload (``last``), and counts it in ``seen``; keys nobody has a band for
-are passed over without a trace. ``learn(event)`` says by an example which class of events is meant; False, and nothing
-is passed over, where that one has no typed payload with these fields.
+are passed over without a trace. ``Band.take(first, second, time, last)`` keeps one that was looked at likewise, and
+widens the bounds as far as it takes to hold it. ``learn(event)`` says by an example which class of events is meant;
+False, and nothing is passed over, where that one has no typed payload with these fields.
 """
 
 from __future__ import annotations

@@ -229,28 +229,11 @@ class Book(Band):
             heappush(self.heaps[target], (signal.tp if signal.buy else -signal.tp, signal.order, signal))
         self._clear()
 
-    def stretch(self, bid: float, ask: float) -> bool:
-        """Take a good quote that reaches no level into the running segment; False where it may reach one."""
-        if self.pending or not (self.bid_floor < bid < self.bid_ceiling and self.ask_floor < ask < self.ask_ceiling):
+    def clears(self, bid: float, ask: float) -> bool:
+        """Whether a good quote reaches no level, so that it only widens the running segment; False where it may."""
+        if self.pending:
             return False
-        if bid < self.low_first:
-            self.low_first = bid
-        if bid > self.high_first:
-            self.high_first = bid
-        if ask < self.low_second:
-            self.low_second = ask
-        if ask > self.high_second:
-            self.high_second = ask
-        return True
-
-    def widen(self, bid: float, ask: float) -> None:
-        """Take a good quote into the running segment."""
-        if not self.members:
-            return
-        self.low_first = min(self.low_first, bid)
-        self.high_first = max(self.high_first, bid)
-        self.low_second = min(self.low_second, ask)
-        self.high_second = max(self.high_second, ask)
+        return self.bid_floor < bid < self.bid_ceiling and self.ask_floor < ask < self.ask_ceiling
 
     def hits(self, bid: float, ask: float) -> list[tuple[Signal, bool]]:
         """The signals whose level this quote reaches, stops first; True marks a target.

@@ -102,9 +102,8 @@ class Tracker:
             if type(event) is quiet.event and event.timestamp < self._deadline:
                 data = event.data
                 book, bid, ask = books[data.symbol], data.bid, data.ask
-                if 0 < bid <= ask < INF and book.stretch(bid, ask):
-                    book.seen += 1
-                    book.time, book.last = event.timestamp, data
+                if 0 < bid <= ask < INF and book.clears(bid, ask):
+                    book.take(bid, ask, event.timestamp, data)
                     continue
             self._take(event)
             quiet.until = self._deadline
@@ -189,9 +188,7 @@ class Tracker:
         if book.by_bars:
             self._settle(book, event)
             book.by_bars = False
-        book.seen += 1
-        book.time, book.last = time, Quote(bid, ask)
-        book.widen(bid, ask)
+        book.take(bid, ask, time, Quote(bid, ask))
         if book.pending:
             self._enter(book, event, bid, ask)
         at_level = self.settings.tp_fill == "level"
