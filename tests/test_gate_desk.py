@@ -277,6 +277,8 @@ def test_a_wrong_key_in_a_tier_or_a_user_is_named_at_the_start():
         Table(tiers={"X": {"max_slot": 3}})
     with pytest.raises(ConfigError, match=r"plugins\.slots\.users\.7.*risk_pct"):
         Table(users={"7": {"risk_pct": 101}})
+    with pytest.raises(ConfigError, match=r"plugins\.slots\.users\.7\] symbols: holds for everybody"):
+        Table(users={"7": {"symbols": {}}})
 
 
 # -- what others found --------------------------------------------------------------------------

@@ -16,6 +16,8 @@ FromZero = Annotated[float, Meta(ge=0)]
 
 #: What a ``user_fire_mode`` event may set for its user.
 FIRE_MODE = ("tier", "auto_fire", "confidence_band", "max_slots", "risk_pct")
+#: What cannot differ from user to user.
+_COMMON = ("user_id", "accounts", "users", "tiers", "symbols")
 
 
 class PatternConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -88,10 +90,18 @@ def load(values: dict[str, Any]) -> Config:
     """The configuration in `values`; raises `ConfigError` naming the key that is wrong."""
     config = _convert(values, "plugins.slots")
     for tier, own in config.tiers.items():
+        _refuse_common(own, f"plugins.slots.tiers.{tier}", (*_COMMON, "tier"))
         _convert({**values, **own}, f"plugins.slots.tiers.{tier}")
-    for user in config.users:
+    for user, own in config.users.items():
+        _refuse_common(own, f"plugins.slots.users.{user}", _COMMON)
         for_user(values, config, user)
     return config
+
+
+def _refuse_common(own: Mapping[str, Any], where: str, keys: tuple[str, ...]) -> None:
+    found = [key for key in keys if key in own]
+    if found:
+        raise ConfigError(f"[{where}] {found[0]}: holds for everybody, write it in [plugins.slots]")
 
 
 def for_user(values: dict[str, Any], config: Config, user: str, mode: Mapping[str, Any] | None = None) -> Config:
