@@ -153,6 +153,14 @@ def test_after_a_week_of_silence_telegram_may_count_from_anywhere(tmp_path: Path
     assert talk.say("/resume", number=77) == ""
 
 
+def test_status_right_after_pause_knows_of_it(tmp_path: Path) -> None:
+    talk = Talk(tmp_path)
+    talk.say("/pause")
+    assert "kill switch: ON" in talk.say("/status")
+    talk.say("/resume")
+    assert "kill switch: off" in talk.say("/status")
+
+
 def test_an_unknown_pattern_is_taken_as_written_and_said_to_be_unknown(tmp_path: Path) -> None:
     talk = Talk(tmp_path)
     assert "is it spelled so?" in talk.say("/pattern Swep off")
@@ -263,6 +271,7 @@ def test_slots_of_many_users_come_in_several_messages_split_between_lines(tmp_pa
         slot = {"symbol": "EURUSD", "direction": "BUY", "slots_used": 1, "slots_max": 1, "user_id": f"U{number}"}
         talk.operators.see(talk.event("slot_opened", fire_id=f"F{number}", **slot))
     text = talk.say("/slots")
+    assert "\nuser •••U7: 1/1\nBUY EURUSD open" in text
     assert len(talk.posts) > 1 and len({post[1] for post in talk.posts}) == len(talk.posts)
     assert text.startswith("🎰 400/400 slots") and text.count("\nBUY EURUSD open") == 400
 

@@ -71,12 +71,14 @@ TEXT = st.one_of(
     st.text(alphabet=string.ascii_letters, min_size=3000, max_size=3001),
     st.builds(lambda char, count: char * count, st.sampled_from("🔥<&é\u0000\ud800"), st.integers(1000, 6000)),
 )
-RULE = st.fixed_dictionaries({"name": TEXT, "passed": st.booleans()})
+SCALAR = st.one_of(TEXT, st.none(), st.booleans(), st.integers(), st.just(-(10**400)), st.floats(), st.lists(TEXT))
+RULE = st.fixed_dictionaries({"name": TEXT, "passed": st.booleans(), "limit": SCALAR, "actual": SCALAR})
 VALUE = st.one_of(
     TEXT,
     st.none(),
     st.booleans(),
     st.integers(),
+    st.just(10**400),
     st.floats(allow_nan=True, allow_infinity=True),
     st.lists(st.one_of(TEXT, st.integers(), RULE), max_size=40),
     st.dictionaries(TEXT, TEXT, max_size=3),
@@ -187,7 +189,28 @@ def test_every_event_type_of_the_schema_has_a_message_from_its_typed_payload(eve
             {"signal_id": "S1", "fire": False, "reasons": ["confidence_outside_band"], "slots_used": 4}
             | {"user_id": "7176191872"}
             | {"rules": [{"name": "confidence", "limit": [80, 89], "actual": 91.2, "passed": False}]},
-            ["🚫 gate: not fired", "confidence outside band", "confidence: 91.2  limit [80, 89]", "S1"],
+            ["🚫 gate: not fired", "confidence outside band", "confidence: 91.2  limit 80–89", "S1"],
+        ),
+        (
+            "gate_verdict",
+            {"signal_id": "S1", "fire": False, "reasons": ["auto_fire_off", "account_unknown"], "symbol": "EURUSD"}
+            | {
+                "rules": [
+                    {"name": "auto_fire", "limit": True, "actual": False, "passed": False},
+                    {"name": "total_open_risk", "limit": None, "actual": None, "passed": False},
+                    {"name": "sl_distance", "limit": 0.0002, "actual": None, "passed": False},
+                    {"name": "geometry", "limit": "sl < entry", "actual": {"entry": 1.1, "sl": 2}, "passed": False},
+                    {"name": "slots", "limit": 10, "actual": 4, "passed": True},
+                ]
+            },
+            [
+                "🚫 EURUSD gate: not fired",
+                "auto fire off · account unknown",
+                "auto fire: no  limit yes",
+                "sl distance: unknown  limit 0.0002",
+                "geometry: entry 1.1, sl 2  limit sl < entry",
+                "S1",
+            ],
         ),
         (
             "signal_outcome",
@@ -201,6 +224,12 @@ def test_every_event_type_of_the_schema_has_a_message_from_its_typed_payload(eve
             {"pattern_type": "VCB_BREAKOUT", "status": "disabled", "reason": "below its breakeven", "n": 275}
             | {"wins": 88, "win_rate": 32.0, "low": 26.8, "high": 37.7},
             ["🧪 VCB BREAKOUT DISABLED", "88 of 275 won · 95 % interval 27–38 %", "below its breakeven"],
+        ),
+        (
+            "pattern_status",
+            {"pattern_type": "SWEEP", "status": "disabled", "reason": "by a user", "n": 0, "wins": 0, "low": 0.0}
+            | {"high": 100.0},
+            ["🧪 SWEEP DISABLED", "by a user"],
         ),
         (
             "alert",
@@ -234,6 +263,12 @@ def test_a_message_says(event_type: str, data: dict[str, Any], lines: list[str])
     assert message.plain.split("\n") == lines
     for secret in ("7176191872", "85051741", "12345678", "10.0.0.1"):
         assert secret not in message.html
+
+
+def test_a_number_longer_than_any_float_is_shown_as_unknown() -> None:
+    rule = {"name": "x", "passed": False, "limit": 10**400, "actual": 1}
+    assert "x: 1  limit unknown" in shown("gate_verdict", rules=[rule]).plain
+    assert shown("signal_generated", symbol="EURUSD", confidence=10**400, entry=10**400).plain == "• EURUSD"
 
 
 def test_a_raised_alert_is_as_urgent_as_its_severity_and_a_cleared_one_never_urgent() -> None:

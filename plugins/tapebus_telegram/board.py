@@ -31,8 +31,9 @@ _STATE = "board/"
 
 
 class Held(msgspec.Struct):
-    """One slot that is held: by what, since when (event time), and whether its order is a position already."""
+    """One slot that is held: for whom, by what, since when (event time), whether its order is a position already."""
 
+    user: str
     symbol: str
     direction: str
     at: float
@@ -131,12 +132,15 @@ class Board:
         used, most = field(data, "slots_used"), field(data, "slots_max")
         if isinstance(used, int) and isinstance(most, int):
             self.slots.counts[user] = (used, most)
+            _bound(self.slots.counts, SLOTS)
         fire = field(data, "fire_id") or ""
         if event.event_type == "slot_released":
             self.slots.held.pop(fire, None)
             return
         is_open = event.event_type == "slot_opened"
-        self.slots.held[fire] = Held(field(data, "symbol") or "", _code(data, "direction"), event.timestamp, is_open)
+        self.slots.held[fire] = Held(
+            user, field(data, "symbol") or "", _code(data, "direction"), event.timestamp, is_open
+        )
         _bound(self.slots.held, SLOTS)
 
     def _outcome(self, event: Any, data: Any) -> None:
@@ -160,10 +164,14 @@ class Board:
             _bound(self.desk.alerts, NAMES)
 
     def _action(self, event: Any, data: Any) -> None:
-        action = _code(data, "action")
-        if action in ("kill_switch_on", "kill_switch_off"):
-            self.desk.switch = action == "kill_switch_on"
-            self.desk.switch_at = event.timestamp
+        self.acted(_code(data, "action"), event.timestamp)
+
+    def acted(self, action: str, at: float) -> None:
+        """Somebody turned the switch, or did something else."""
+        on = action == "kill_switch_on"
+        if on != self.desk.switch and action in ("kill_switch_on", "kill_switch_off"):
+            self.desk.switch, self.desk.switch_at = on, at
+            self._dirty.add("desk")
 
     # -- answers --------------------------------------------------------------------------------
 
@@ -215,14 +223,18 @@ class Board:
         return f"{gate.fired} fired, {gate.refused} refused; last {ago(now, gate.verdict_at)}: {last}"
 
     def slot_list(self, now: float) -> list[Line]:
-        """One line for each slot that is held, the oldest first."""
-        used = sum(used for used, _ in self.slots.counts.values())
+        """One line for each slot that is held, the oldest first; by user where there are several."""
         lines: list[Line] = [[("🎰 ", ""), (f"{self.occupancy()} slots", "b")]]
-        for held in sorted(self.slots.held.values(), key=lambda each: each.at):
-            what = "open" if held.is_open else "reserved"
-            lines.append([(f"{held.direction or '?'} {held.symbol or '?'}", "b"), (f" {what} {ago(now, held.at)}", "")])
-        if (unseen := used - len(self.slots.held)) > 0:
-            lines.append([(f"{unseen} more, taken before they were watched here", "i")])
+        for user, (used, most) in self.slots.counts.items():
+            if len(self.slots.counts) > 1:
+                lines.append([(f"user •••{user[-3:]}: {used}/{most}", "b")])
+            mine = sorted((each for each in self.slots.held.values() if each.user == user), key=lambda each: each.at)
+            for held in mine:
+                what = "open" if held.is_open else "reserved"
+                name = f"{held.direction or '?'} {held.symbol or '?'}"
+                lines.append([(name, "b"), (f" {what} {ago(now, held.at)}", "")])
+            if (unseen := used - len(mine)) > 0:
+                lines.append([(f"{unseen} more, taken before they were watched here", "i")])
         return lines
 
     def pattern_list(self) -> list[Line]:

@@ -117,6 +117,7 @@ class Commander:
         reply = self._reply(said, name, words[1:], now)
         self.counts[reply.result.replace(" ", "_")] += 1
         self._audit(said, name, reply)
+        self._board.acted(reply.action, now)
         for number, (html, plain) in enumerate(pages(reply.lines)):
             key = f"{ANSWER}/{said.update_id}/{number}"
             self._post(said.chat, key, ANSWER, html, plain, ASKED, said.thread_id)

@@ -143,9 +143,13 @@ _PRICES = (
 
 
 def _number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an integer longer than any float
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _details(*parts: str) -> Line:
@@ -178,18 +182,40 @@ def _gate(view: _View) -> Built:
     """Why a signal is not fired: each rule that stopped it, with its limit and what it found."""
     fires = view.get("fire") is True
     identity = view.identity("signal_id")
-    rules = [each for each in _items(view.get("rules")) if _of(each, "passed") is False]
+    stopped = [each for each in _items(view.get("rules")) if _of(each, "passed") is False]
+    rules = [(str(_of(each, "name")).replace("_", " "), _of(each, "actual"), _of(each, "limit")) for each in stopped]
     lines = [
         _head("🟢" if fires else "🚫", view, "gate:", "fires" if fires else "not fired"),
         _details(*(str(each).replace("_", " ") for each in _items(view.get("reasons"))[:20])),
         *(
-            [(f"{_of(each, 'name')}: ", ""), (f"{_of(each, 'actual')}", "code"), (f"  limit {_of(each, 'limit')}", "")]
-            for each in rules[:20]
+            [(f"{name}: ", ""), (_value(actual), "code"), (f"  limit {_value(limit)}", "")]
+            for name, actual, limit in rules[:20]
+            if (actual, limit) != (None, None)
         ),
         [(identity, "code")],
     ]
     lines = [[(view.masked(cut(text, 300)), tag) for text, tag in line] for line in lines]
     return Built(lines, LOW, identity, {"fired by the gate" if fires else "refused by the gate": 1})
+
+
+def _value(value: Any, depth: int = 2) -> str:
+    """A limit, or what a rule found, as people write it."""
+    if value is None:
+        return "unknown"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int | float):
+        number = _number(value)
+        return "unknown" if number is None else f"{number:.10g}"
+    if isinstance(value, str):
+        return value
+    if not depth:
+        return "…"
+    if isinstance(value, list | tuple):
+        return "–".join(_value(each, depth - 1) for each in value[:10]) or "none"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_value(each, depth - 1)}" for name, each in list(value.items())[:10])
+    return type(value).__name__
 
 
 def _items(value: Any) -> list[Any]:
@@ -282,10 +308,11 @@ def _pattern(view: _View) -> Built:
     n, wins = view.figure("{:.0f}", "n"), view.figure("{:.0f}", "wins")
     low, high = _number(view.get("low")), _number(view.get("high"))
     scale = 100 if high is not None and high <= 1 else 1
-    interval = f"{low * scale:.0f}–{high * scale:.0f} %" if low is not None and high is not None else ""
+    known = n not in ("", "0")
+    interval = f"{low * scale:.0f}–{high * scale:.0f} %" if known and low is not None and high is not None else ""
     lines: list[Line] = [
         [("🧪 ", ""), (f"{name} {status}".strip() or "pattern", "b")],
-        _details(f"{wins} of {n} won" if n and wins else "", f"95 % interval {interval}" if interval else ""),
+        _details(f"{wins} of {n} won" if known and wins else "", f"95 % interval {interval}" if interval else ""),
         [(view.free("reason"), "")],
     ]
     return Built(lines, HIGH if status == "DISABLED" else NORMAL, name, {"patterns changed": 1})
