@@ -692,6 +692,13 @@ def test_what_a_killed_import_left_through_another_endpoint_is_named(running, tm
     assert "another endpoint was interrupted" in capsys.readouterr().err
 
 
+def test_a_bus_that_has_stopped_is_told_of_at_once(running, tmp_path, data_dir, capsys):
+    running.stop()
+    assert main(["import", "--config", str(data_dir / "tapebus0.toml"), log(tmp_path / "a.jsonl", truth())]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "start one with `tapebus run`" in line
+
+
 def test_two_imports_do_not_run_at_once(running, tmp_path, data_dir, capsys):
     import fcntl
 

@@ -17,6 +17,7 @@ import msgspec
 
 from tapebus.cli.common import open_tape, publisher
 from tapebus.config import Config
+from tapebus.control import request
 from tapebus.errors import BusNotRunning, StoreError, TapebusError, UsageError
 from tapebus.plugins import load, registry
 from tapebus.publisher import Publisher
@@ -30,8 +31,8 @@ from tapebus_trading.symbols import Registry
 
 #: Every event of an import says in its source that it is one, and which system's log it comes from.
 SOURCE = "import"
-#: Seconds without any progress after which the bus counts as absent.
-PATIENCE_S = 10.0
+#: Seconds without any progress after which the bus counts as gone; a restart takes less.
+PATIENCE_S = 30.0
 #: Events that are followed to their end by this bus, or have been.
 _SIGNALS = ("signal_generated", OPEN, OUTCOME)
 
@@ -151,6 +152,8 @@ class Import:
     @contextlib.contextmanager
     def _connected(self, place: Path, endpoint: str | None) -> Iterator[Publisher]:
         """A publisher behind which nothing of an import that was killed is still on its way."""
+        if not endpoint:
+            request(self.config, {"cmd": "stats"})  # says at once that no bus runs
         with publisher(self.config, SOURCE, endpoint, spool="crash", spool_dir=place) as pub:
             self.progress("finishing an interrupted import" if pub.stats()["adopted"] else "connecting", 0.0)
             if not pub.flush(PATIENCE_S):
