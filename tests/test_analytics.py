@@ -210,6 +210,22 @@ def test_outcomes_whose_signals_were_never_seen_are_placed_by_their_opening() ->
     assert (desk.metrics["decided"], desk.metrics["repeats"]) == (3, 2)
 
 
+def test_what_is_remembered_of_signals_is_bounded_and_the_oldest_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tapebus_analytics.clusters.MOST_OPEN", 5)
+    monkeypatch.setattr("tapebus_analytics.clusters.MOST_CLUSTERS", 3)
+    desk = Desk()
+    for symbol in "ABCDEFGHIJ":
+        desk.now += 60
+        desk.signal(symbol=symbol)
+    keys = set(desk.bench.context.state)
+    assert {key for key in keys if key[0] == "s"} == {f"s:S{n}" for n in range(6, 11)}
+    kinds = {key for key in keys if key[0] == "k"}
+    assert "k:J SWEEP BUY" in kinds and len(kinds) <= 3
+    desk.bench.restart()
+    desk.signal(symbol="J")
+    assert len({key for key in desk.bench.context.state if key[0] == "s"}) == 5
+
+
 # -- calibration ------------------------------------------------------------------------------------
 
 

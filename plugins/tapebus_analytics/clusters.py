@@ -7,6 +7,7 @@ level was reached, which would favour losses wherever the stop is nearer than th
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 #: Signals whose end is awaited, and clusters remembered; the oldest are forgotten.
@@ -19,7 +20,8 @@ class Clusters:
     def __init__(self, width: float) -> None:
         self.width = width
         self._last: dict[str, float] = {}
-        self._open: dict[str, tuple[float, bool]] = {}
+        # a plain dict would look for its first entry among all that were removed before
+        self._open: OrderedDict[str, tuple[float, bool]] = OrderedDict()
         self.changed: set[str] = set()
 
     def signal(self, signal_id: str, kind: str, at: float) -> None:
@@ -29,8 +31,7 @@ class Clusters:
         self._open[signal_id] = (at, self._first(kind, at))
         self.changed.add(f"s:{signal_id}")
         if len(self._open) > MOST_OPEN:
-            oldest = next(iter(self._open))
-            del self._open[oldest]
+            oldest, _ = self._open.popitem(last=False)
             self.changed.add(f"s:{oldest}")
 
     def outcome(self, signal_id: str, kind: str, opened_at: float) -> bool:

@@ -111,7 +111,7 @@ def _notes(console: Console, found: dict[str, Any], rows: dict[str, dict[str, An
 
 def _line(overall: dict[str, Any]) -> str:
     """The whole report in a line: as much of it as is known."""
-    parts = [f"{overall['signals']} signals, {overall['resolved']:g} % resolved"]
+    parts = [f"{overall['signals']} signal{'s' * (overall['signals'] != 1)}, {overall['resolved']:g} % resolved"]
     if overall["pips"] is not None:
         parts.append(f"{overall['pips']:+.1f} pips")
     if overall["mean_duration_s"]:
