@@ -15,12 +15,12 @@ from typing import Any
 
 import msgspec
 
+from tapebus import Publisher
 from tapebus.cli.common import open_tape, publisher
 from tapebus.config import Config
 from tapebus.control import request
 from tapebus.errors import BusNotRunning, StoreError, TapebusError, UsageError
 from tapebus.plugins import load, registry
-from tapebus.publisher import Publisher
 from tapebus.replay import Recorded, replay
 from tapebus_legacy import facts, signals
 from tapebus_legacy.account import REFUSED, REMARKED, Account

@@ -13,7 +13,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tapebus.tape import Tape
+    from tapebus import Tape
 
 SIGNALS = ("signal_generated", "signal_imported")
 #: What leads from a signal to its orders.
