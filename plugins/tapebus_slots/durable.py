@@ -23,7 +23,7 @@ def load(state: Mapping[str, bytes]) -> dict[str, SlotTable]:
     for key in state:
         if key.startswith(_TABLE):
             table = msgspec.msgpack.decode(state[key], type=SlotTable)
-            table.unsaved = {("ended", each) for each in table.ended} | {("fired", each) for each in table.fired}
+            table.unsaved = [(kind, each) for kind in _LINES for each in getattr(table, kind)]
             tables[table.user_id] = table
     for kind, form in _LINES.items():
         lines = [msgspec.msgpack.decode(state[key], type=form) for key in state if key.startswith(f"{kind}:")]

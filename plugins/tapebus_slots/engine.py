@@ -141,6 +141,8 @@ class Engine:
         answer = read(get(data, "status"), retcode)
         says = str(get(data, "status") or f"retcode {retcode}").lower()
         changes: list[Change | None] = []
+        if answer != "filled":
+            changes += table.named(slot, ticket)
         if answer == "filled":
             changes += table.opened(self._opened_slot(event, ticket), seq, says)
         elif slot is None:
@@ -149,7 +151,7 @@ class Engine:
             grace = self.config_of(table.user_id).snapshot_grace_s
             changes.append(table.gone(slot, says, says, (f"status:{says}@{seq}",), at, seq, grace))
         elif answer == "refused":
-            changes.append(table.refused(slot, ticket, says, at, seq))
+            changes += table.refused(slot, ticket, says, at, seq)
         elif answer == "already" and retcode == POSITION_CLOSED:
             slot.heard("gone", "the broker says already closed", at, "strong", seq, after=True)
             table.ask(f"already_closed:{slot.key}")
@@ -186,7 +188,8 @@ class Engine:
         table = self._holder(data) or self.table(self.user(event))
         slot = table.find(get(data, "fire_id"), get(data, "ticket"), get(data, "position_id"))
         grace = self.config_of(table.user_id).snapshot_grace_s
-        self._publish(table, [table.closed(slot, _close(event), grace)], event)
+        changes: list[Change | None] = [*table.named(slot, get(data, "ticket"))]
+        self._publish(table, [*changes, table.closed(slot, _close(event), grace)], event)
 
     def on_heartbeat(self, event: Any) -> None:
         data = event.data

@@ -6,7 +6,7 @@ A partial close gives the rest a new ticket, so a missing ticket alone says noth
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from msgspec import Struct
 
@@ -33,20 +33,30 @@ class Position(Struct, frozen=True):
     comment: str = ""
 
 
-def match(slots: Sequence[Slot], positions: Sequence[Position]) -> tuple[list[tuple[Slot, Position]], list[Position]]:
+class Match(NamedTuple):
+    """A slot and the position a list has for it. ``named``: the list says so; ``likely``: nothing says otherwise."""
+
+    slot: Slot
+    position: Position
+    named: bool
+    likely: bool
+
+
+def match(slots: Sequence[Slot], positions: Sequence[Position], at: float) -> tuple[list[Match], list[Position]]:
     """Pairs of slot and position, at most one each, and the positions no slot claims.
 
     Tried in the order of trust, each over all that is left: position id, fire id (also in the comment), ticket,
     the opening (magic, symbol, price, time), a comment cut short, and last an unanswered fire of the same symbol
-    and direction.
+    and direction that was sent before `at`, the time of the list.
     """
-    pairs: list[tuple[Slot, Position]] = []
+    pairs: list[Match] = []
     slots, positions = list(slots), list(positions)
     for same in _TESTS:
         for position in positions[:]:
-            slot = next((each for each in slots if same(each, position)), None)
+            early = [each for each in slots if same is not _answers or each.sent_at is None or each.sent_at < at]
+            slot = next((each for each in early if same(each, position)), None)
             if slot is not None:
-                pairs.append((slot, position))
+                pairs.append(Match(slot, position, same is _same_fire, same in (_cut_comment, _answers)))
                 slots.remove(slot)
                 positions.remove(position)
     return pairs, positions

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Literal
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from tapebus_slots.matching import Position
 from tapebus_trading.money import exact
@@ -64,6 +65,7 @@ class Slot(Struct, omit_defaults=True):
     open_time: float | str | None = None
     lots: float | None = None
     account: str | None = None
+    sent_at: float | None = None
     sl: float | None = None
     #: As sized, in account currency; None where the gate did not size it.
     loss_per_lot: str | None = None
@@ -80,6 +82,7 @@ class Slot(Struct, omit_defaults=True):
     #: When a list last had it; whether its opening was announced; whether its age was asked about.
     listed_at: float | None = None
     announced: bool = False
+    guess: bool = False
     aged: bool = False
 
     @property
@@ -101,9 +104,34 @@ class Slot(Struct, omit_defaults=True):
         before = self.status.evidence if after and self.status is not None else []
         self.status = Witness(believes, says, at, weight, [*before, *([seq] if seq else [])][-EVIDENCE:])
 
+    def nameless(self) -> Slot:
+        """This slot without its position."""
+        return replace(self, ticket=None, position_id=None, open_price=None)
+
+    @property
+    def guessed(self) -> bool:
+        """Whether only its likeness to the order made a list's position that of this fire."""
+        return self.guess and self.ticket is not None
+
+    def forget_position(self) -> None:
+        """Back to an order without a position."""
+        for name in _POSITION:
+            setattr(self, name, None)
+        self.former_tickets, self.listings, self.lots, self.guess = [], 0, self.opened_lots, False
+
+    def take_position(self, other: Slot) -> None:
+        """Hold the position that `other` was taken to hold."""
+        for name in _POSITION:
+            setattr(self, name, getattr(other, name))
+
     def learn(self, new: Slot) -> None:
-        """Take over what a confirmation knows and this slot does not; a newer ticket replaces a renewed one."""
-        for name in ("ticket", "position_id", "magic", "open_price", "account"):
+        """Take over what a confirmation knows and this slot does not; a list from later knows the ticket better."""
+        late = self.listed_at is not None and self.listed_at >= new.since
+        if late and self.ticket is not None and new.ticket not in (None, self.ticket, *self.former_tickets):
+            self.former_tickets = [*self.former_tickets, new.ticket or 0]
+        elif self.ticket is None or not late:
+            self.ticket = new.ticket if new.ticket is not None else self.ticket
+        for name in ("position_id", "magic", "open_price", "account"):
             value = getattr(new, name)
             if value is not None:
                 setattr(self, name, value)
@@ -121,6 +149,13 @@ class Slot(Struct, omit_defaults=True):
             self.state = "OPEN"
         if self.state != "RESERVED":
             self.listed = Witness("unsure", "not in an incomplete list", snapshot.at, "weak", [snapshot.seq])
+
+
+#: The fields of a slot that belong to the position it was found to hold.
+_POSITION = (
+    *("ticket", "former_tickets", "position_id", "open_price", "open_time", "lots"),
+    *("listed", "listed_at", "listings"),
+)
 
 
 class Snapshot(Struct, frozen=True):

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from tapebus_slots.matching import Position, match
 from tapebus_slots.slot import AccountView, Change, Close, Ended, Slot, Snapshot, Weight, Witness
@@ -37,7 +38,7 @@ class SlotTable(Struct):
     #: Fires that ended, by slot key. A late confirmation must not open them again.
     ended: dict[str, Ended] = {}
     fired: dict[str, float] = {}
-    unsaved: set[tuple[str, str]] = set()
+    unsaved: list[tuple[str, str]] = []
     #: Why a reconciliation is wanted; whether it was already asked for.
     witnesses: list[str] = []
     reconcile: bool = False
@@ -94,7 +95,7 @@ class SlotTable(Struct):
             return None
         if slot.key in self.ended:
             return None
-        slot.opened_lots = slot.lots
+        slot.opened_lots, slot.sent_at = slot.lots, slot.since
         slot.heard("held", says, slot.since, "weak", seq)
         self.slots[slot.key] = slot
         return Change("reserved", slot)
@@ -106,20 +107,18 @@ class SlotTable(Struct):
         if ended is not None and not ended.may_open(slot.since):
             return []
         changes: list[Change] = []
-        twin = self.find(None, slot.ticket, slot.position_id)
-        if twin is not None and (twin is held or _other_fire(twin, slot.fire_id)):
-            twin = None
-        if held is None and twin is not None:
-            held = twin
-        elif held is not None and twin is not None:
-            # A snapshot saw the position before its confirmation arrived: one position, one slot.
-            del self.slots[twin.key]
-            changes.append(Change("released", twin, "merged", (f"same_position:{slot.key}",)))
-            held.listed, held.listed_at = twin.listed, twin.listed_at
+        twin = self._claimant(slot, held)
+        if held is None and twin is not None and twin.fire_id is None:
+            held, twin = twin, None  # a list had the position before anybody told its fire
         if held is None:
             self._forget(slot.key)
-            self.slots[slot.key] = held = slot
+            self.slots[slot.key] = held = slot.nameless()
+        if held.guessed and held.ticket != slot.ticket and (twin is not None or (held.listed_at or 0) < slot.since):
+            changes += self._leave(held)
+        if twin is not None:
+            changes += self._take_over(twin, held, slot.since)
         held.learn(slot)
+        held.guess = False
         if held.status is None or held.status.believes != "gone" or held.status.at < slot.since:
             held.heard("held", says, slot.since, "strong", seq, after=True)
         if held.state in ("RESERVED", "UNKNOWN"):
@@ -130,6 +129,41 @@ class SlotTable(Struct):
             held.state, held.since, held.absent = "OPEN", slot.since, {}
         return [*changes, *self._announce(held)]
 
+    def _claimant(self, slot: Slot, held: Slot | None) -> Slot | None:
+        """Another slot that a list gave the position of `slot`, without a word of the terminal that it is so."""
+        for each in self.slots.values():
+            same = each.ticket == slot.ticket if slot.position_id is None else each.position_id == slot.position_id
+            if each is not held and same and slot.ticket is not None and (each.fire_id is None or each.guessed):
+                return each
+        return None
+
+    def _leave(self, held: Slot) -> list[Change]:
+        """The position `held` was taken for is another's: it gets a slot of its own name."""
+        key = f"ticket-{held.ticket}"
+        other = replace(held, key=key, fire_id=None, signal_id=None, status=None, announced=False, closes={})
+        other.opened_lots, other.measured_at = held.lots, held.listed_at
+        held.forget_position()
+        if key in self.slots:
+            return []
+        self.slots[key] = other
+        return self._announce(other)
+
+    def named(self, slot: Slot | None, ticket: int | None) -> list[Change]:
+        """The terminal names the ticket of `slot`: a position it was only taken for is left where it names another."""
+        if slot is None or ticket is None or not slot.guessed or ticket in (slot.ticket, *slot.former_tickets):
+            return []
+        return self._leave(slot)
+
+    def _take_over(self, twin: Slot, held: Slot, at: float) -> list[Change]:
+        """The position `twin` was taken for is that of `held`; a `twin` without an order of its own is gone."""
+        held.take_position(twin)
+        if twin.fire_id is None:
+            del self.slots[twin.key]
+            return [Change("released", twin, "merged", (f"same_position:{held.key}",))]
+        twin.forget_position()
+        self.doubt(twin, "position of another", max(at, twin.since))
+        return []
+
     def _announce(self, slot: Slot) -> list[Change]:
         """The opening of `slot`, once, and not before somebody has told its symbol."""
         if slot.announced or not slot.symbol:
@@ -137,21 +171,23 @@ class SlotTable(Struct):
         slot.announced = True
         return [Change("opened", slot)]
 
-    def refused(self, slot: Slot | None, ticket: int | None, says: str, at: float, seq: int) -> Change | None:
+    def refused(self, slot: Slot, ticket: int | None, says: str, at: float, seq: int) -> list[Change]:
         """A refusal frees a slot that waits for its answer; with a ticket, or of an open position, it is a doubt."""
-        if slot is None:
-            return None
-        if slot.state in ("OPEN", "RELEASING"):
+        changes: list[Change] = []
+        if ticket is None and slot.guessed:
+            changes = self._leave(slot)
+        elif slot.state in ("OPEN", "RELEASING"):
             slot.heard("unsure", f"{says} after it was open", at, "strong", seq, after=True)
             self.ask(f"contradiction:{slot.key}")
-        elif ticket is None and slot.ticket is None:
+            return []
+        if ticket is None and slot.ticket is None:
             slot.heard("gone", says, at, "strong", seq, after=True)
-            return self.release(slot, "rejected", (f"status:{says}@{seq}",), at)
-        else:
-            # Refused, yet with a ticket: there may be a position (levels not set, for example).
-            slot.ticket = slot.ticket or ticket
-            self.doubt(slot, f"{says} with ticket {slot.ticket}", at, seq)
-        return None
+            freed = self.release(slot, "rejected", (f"status:{says}@{seq}",), at)
+            return [*changes, freed] if freed is not None else changes
+        # Refused, yet with a ticket: there may be a position (levels not set, for example).
+        slot.ticket = slot.ticket or ticket
+        self.doubt(slot, f"{says} with ticket {slot.ticket}", at, seq)
+        return changes
 
     def doubt(self, slot: Slot, says: str, at: float, seq: int = 0) -> None:
         """Nobody knows what became of the request: it occupies its slot until reconciled."""
@@ -168,7 +204,7 @@ class SlotTable(Struct):
         self.ended[slot.key] = Ended(
             method, at, slot.ticket, slot.position_id, slot.account, proof, slot.state in ("OPEN", "RELEASING")
         )
-        self.unsaved.add(("ended", slot.key))
+        self.unsaved.append(("ended", slot.key))
         _bound(self.ended, "ended", self.unsaved)
         view = self.view(slot)
         if view is not None and view.heartbeat_at is not None and slot.since <= view.heartbeat_at:
@@ -227,9 +263,12 @@ class SlotTable(Struct):
         before, again = view.count, snapshot.mark != "" and snapshot.mark <= view.mark
         mine = [slot for slot in self.slots.values() if slot.account in (None, snapshot.account)]
         self._count(view, snapshot, mine, grace)
-        pairs, strangers = match(mine, snapshot.positions or ())
-        changes = [change for slot, position in pairs for change in self._seen(slot, position, snapshot, again)]
-        found = {slot.key for slot, _ in pairs}
+        pairs, strangers = match(mine, snapshot.positions or (), snapshot.at)
+        changes: list[Change] = []
+        for each in pairs:
+            each.slot.guess = each.likely or (each.slot.guess and not each.named)
+            changes += self._seen(each.slot, each.position, snapshot, again)
+        found = {each.slot.key for each in pairs}
         unlisted = [slot for slot in mine if slot.key not in found]
         if not snapshot.complete:
             for slot in unlisted:
@@ -381,12 +420,12 @@ class SlotTable(Struct):
 
     def _forget(self, key: str) -> None:
         if self.ended.pop(key, None) is not None:
-            self.unsaved.add(("ended", key))
+            self.unsaved.append(("ended", key))
 
     def remember_fired(self, signal_id: str, at: float) -> None:
         """A signal fires once, however often it is published."""
         self.fired[signal_id] = at
-        self.unsaved.add(("fired", signal_id))
+        self.unsaved.append(("fired", signal_id))
         _bound(self.fired, "fired", self.unsaved)
 
 
@@ -398,8 +437,8 @@ def _reports(slot: Slot) -> list[str]:
     return [f"position_closed@{each.seq}" for each in slot.closes.values()]
 
 
-def _bound(kept: dict[str, Any], name: str, unsaved: set[tuple[str, str]]) -> None:
+def _bound(kept: dict[str, Any], name: str, unsaved: list[tuple[str, str]]) -> None:
     while len(kept) > REMEMBERED:
         oldest = next(iter(kept))
         del kept[oldest]
-        unsaved.add((name, oldest))
+        unsaved.append((name, oldest))
