@@ -35,7 +35,6 @@ def test_recorded_messages_of_a_terminal_hold_their_slots_on_a_running_bus(
     recorded = [(KINDS.get(str(line.get("type")).lower().removesuffix("_metrics")), line) for line in lines]
     recorded = [(topic, line) for topic, line in recorded if topic is not None]
     assert [topic for topic, _ in recorded] == [*TOPICS[:3], "ea_heartbeat", "position_closed"]
-    sent = 0
     with zmq.Context() as context, Tape.open(bus.data_dir) as tape:
         for sent, (topic, line) in enumerate(recorded * 3, 1):
             with context.socket(zmq.PUSH) as push:
@@ -47,7 +46,7 @@ def test_recorded_messages_of_a_terminal_hold_their_slots_on_a_running_bus(
         wait_until(lambda: "user u1: 2/10 slots\n" in shown(capsys, bus), "the last heartbeat to be counted")
         assert [event.data.method for event in tape.read(topics=["slot_released"])] == []
     text = shown(capsys, bus)
-    assert "broker counts 2, lists 1 (incomplete), balance 10,012.40" in text
+    assert "s ago, counts 2, lists 1 (incomplete), balance 10,012.40\n" in text
     assert "OPEN      ELITE_RAPID_USDJPY_1758502680  USDJPY  SELL  0.5 lots" in text
     assert "ticket list  unsure  weak     not in an incomplete list" in text
     assert max(len(line) for line in text.splitlines()) <= 100

@@ -73,17 +73,18 @@ def _show_user(user: dict[str, Any], released: bool) -> None:
 
 
 def _show_account(account: dict[str, Any]) -> None:
-    words = [f"  account {account['account'] or '(not named)'}"]
+    words = []
     if account["heartbeat_age_s"] is None:
         words.append("no heartbeat yet")
     else:
         words.append(f"heartbeat {_ago(account['heartbeat_age_s'])}{' (stale)' if account['stale'] else ''}")
-        words.append(f"broker counts {account['broker_count']}")
+        words.append(f"counts {account['broker_count']}")
         if not account["complete"]:
             words.append(f"lists {account['listed']} (incomplete)")
     if account["balance"] is not None:
         words.append(f"balance {account['balance']:,.2f}")
-    _line(", ".join(words), "yellow" if account["stale"] or not account["complete"] else None)
+    name = account["account"] or "account without a name"
+    _line(f"  {name}: {', '.join(words)}", "yellow" if account["stale"] or not account["complete"] else None)
 
 
 def _show_slot(slot: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ def _count(slot: Slot, view: AccountView) -> Witness | None:
     """The heartbeat's count cannot say which position is gone; where its list is complete, the list does."""
     if view.said is None or view.heartbeat_at is None or slot.since > view.heartbeat_at:
         return None
-    says = f"counts {view.said} of {view.expected} held"
+    says = f"counts {view.said}, {view.expected} held"
     missing = view.said < view.expected
     if slot.listed is not None and view.complete:
         missing = slot.listed.believes == "gone"
