@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
+from collections import Counter
+from itertools import islice
 
 import pytest
 from click.testing import CliRunner
@@ -207,3 +210,43 @@ def test_without_a_change_or_with_a_wrong_band_it_says_what_is_missing(tmp_path,
     assert "give --band" in capsys.readouterr().err
     assert main([*given, "--band", "92-75"]) == 2
     assert "75-92" in capsys.readouterr().err
+
+
+def flawed_day(publisher, count=120):
+    """Signals with flaws that only a gate can see, each with the quotes around it."""
+    chances = random.Random(11)
+    account = {"account_number": "1", "balance": 1e4, "equity": 1e4}
+    publisher.publish("balance_update", account, timestamp=T0, user_id="default")
+    status = {"pattern_type": "Q", "status": "disabled", "reason": "r", "n": 20, "wins": 5}
+    publisher.publish("pattern_status", status, timestamp=T0)
+    pairs = {"EURUSD": (1.17, 1e-4), "GBPJPY": (199.4, 0.02), "XAUUSD": (3374.5, 0.2)}
+    for number in range(count):
+        at = T0 + 200 * number
+        symbol = chances.choice(list(pairs))
+        price, spread = pairs[symbol]
+        age = chances.choice([0.5, 1.0, 1.0, 30.0])
+        if chances.random() < 0.8:
+            publisher.publish("market_data", {"symbol": "USDJPY", "bid": 148.0, "ask": 148.01}, timestamp=at - 40)
+        publisher.publish("market_data", {"symbol": symbol, "bid": price - spread, "ask": price}, timestamp=at - age)
+        stop = chances.choice([15, 15, 1.5]) * spread
+        data = {"signal_id": f"S{number}", "symbol": symbol, "direction": "BUY", "entry": price}
+        data |= {"pattern_type": chances.choice("PPPQ"), "expires_at": at + chances.choice([0.0, 60.0, 60.0])}
+        data |= {"confidence": chances.uniform(78, 91), "sl": round(price - stop, 5), "tp": price + 20 * spread}
+        publisher.publish("signal_generated", data, timestamp=at)
+    assert publisher.flush(30)
+
+
+def test_the_configured_gate_says_of_a_recorded_day_what_the_running_gate_said(embed):
+    limits = "risk_pct = 0.05\nmax_slots = 1000\nmax_total_open_risk_pct = 100.0\nmax_per_currency_risk_pct = 100.0"
+    bus = embed(["schema", "store", "slots"], extra=f"[plugins.slots]\nauto_fire = true\n{limits}")
+    with bus.publisher() as publisher:
+        flawed_day(publisher)
+    with bus.tape() as tape:
+        verdicts = [event.data for event in islice(tape.follow(after=0, topics=["gate_verdict"], idle_timeout=30), 120)]
+    said = Counter(reason for each in verdicts for reason in each.reasons)
+    assert len(said) >= 6 and sum(each.fire for each in verdicts) > 10, "flaws of many kinds, and sound ones"
+    config = str(bus.data_dir.parent / "tapebus0.toml")
+    given = ["whatif", "--data-dir", str(bus.data_dir), "--config", config, "--slots", "999", "--json"]
+    found = json.loads(CliRunner().invoke(cli, given, catch_exceptions=False).output)
+    assert found["configured"]["fires"] == sum(each.fire for each in verdicts)
+    assert found["configured"]["refused"] == dict(said)
