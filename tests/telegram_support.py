@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,11 @@ from tapebus_telegram.relay import Relay
 from tapebus_telegram.secret import Secret
 from tapebus_telegram.settings import load
 from tapebus_telegram.transport import Answer, BotTransport
+
+# The HTTP client looks for these with every call, on the whole path, and goes on without them.
+for name in ("sniffio", "trio"):
+    if importlib.util.find_spec(name) is None:
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 
 TOKEN = "123456789:CANARY-abcdefghijklmnopqrstuvwxyz0"
 
@@ -66,7 +73,8 @@ class World:
         self.tmp_path = tmp_path
         self.committed: dict[str, bytes] = {}
         self.emitted: list[Any] = []
-        self._transport = transport
+        self.tick_s = 0.5
+        self.transport = transport
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> World:
@@ -86,7 +94,7 @@ class World:
         """Start a relay from what was committed and from its journal, as a new process would."""
         context = RecordingContext("telegram", {}, self.tmp_path)
         context.state, context.emitted = dict(self.committed), self.emitted
-        transport = self._transport or BotTransport(self.server.url, Secret(TOKEN))
+        transport = self.transport or BotTransport(self.server.url, Secret(TOKEN))
         self.relay = Relay(context, load(self.config), transport, self.loop.time, self.loop.wall)
         assert self.relay.sender is not None
         self.sender = self.relay.sender
@@ -122,7 +130,7 @@ class World:
         end = self.now + limit
         while not condition():
             assert self.now < end, f"waited in vain for {what}: {self.relay.health()}"
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(self.tick_s)
             self.commit()
 
     async def drain(self, limit: float = 20_000.0) -> None:

@@ -30,6 +30,8 @@ BACKOFF_S, BACKOFF_MAX_S = 1.0, 60.0
 MARGIN_S = 0.1
 #: Telegram holds back the answer to repeated conflicts for as long.
 CONFLICT_S = 3.0
+#: A call that the end of a process cut off may still reach Telegram this much later.
+LATE_S = 2.0
 _CHAT_REFUSED = (
     "chat not found",
     "chat_id is empty",
@@ -101,14 +103,12 @@ class Sender:
     def _resume(self) -> None:
         """Take over what the process before this one had used up of the limits."""
         now, wall = self._clock(), self._wall()
-        for call in self.journal.calls:
-            # a clock set back must not put a call into the future
-            self._limits.take(call.chat, now - max(0.0, wall - call.at))
         if (cut_off := self.journal.in_flight) is not None:
-            # it may have reached Telegram until a moment ago
-            self._limits.take(cut_off.chat, now)
             with contextlib.suppress(OSError):
-                self.journal.over(cut_off.chat, wall)
+                self.journal.over(cut_off.chat, wall + LATE_S)
+        for call in self.journal.calls:
+            # a clock set back must not put a call far into the future
+            self._limits.take(call.chat, now - max(-LATE_S, wall - call.at))
         left = self.journal.halted_until - wall
         if left > 0.0:
             self._halted_until = now + min(left, BACKOFF_MAX_S * 60)

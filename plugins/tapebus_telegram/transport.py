@@ -20,6 +20,7 @@ from tapebus_telegram.settings import is_loopback
 
 if TYPE_CHECKING:
     import telegram
+    from telegram.request import BaseRequest
 
 #: Seconds; together they bound one call. A long poll adds its own ``timeout``.
 CONNECT_S, READ_S = 5.0, 15.0
@@ -91,8 +92,18 @@ class BotTransport:
 
     def _build(self) -> telegram.Bot:
         import telegram
-        from telegram.request import HTTPXRequest
         from telegram.warnings import PTBDeprecationWarning
+
+        quiet_library()
+        # RetryAfter.retry_after changes its type some day; both types are read here.
+        warnings.filterwarnings("ignore", category=PTBDeprecationWarning, message=".*retry_after.*")
+        request = self._request()
+        return telegram.Bot(
+            self._secret.reveal(), base_url=f"{self._base}/bot", request=request, get_updates_request=request
+        )
+
+    def _request(self) -> BaseRequest:
+        from telegram.request import HTTPXRequest
 
         class Request(HTTPXRequest):
             """Keeps the answer as it came: the library's objects refuse what they do not know."""
@@ -104,21 +115,14 @@ class BotTransport:
                 _answered.set(answered)
                 return answered
 
-        quiet_library()
-        # RetryAfter.retry_after changes its type some day; both types are read here.
-        warnings.filterwarnings("ignore", category=PTBDeprecationWarning, message=".*retry_after.*")
-        # A proxy has no business between this process and a server on the same machine.
-        options = {"trust_env": not is_loopback(self._base)}
-        request = Request(
+        return Request(
             connection_pool_size=4,
             connect_timeout=CONNECT_S,
             read_timeout=READ_S,
             write_timeout=READ_S,
             pool_timeout=CONNECT_S,
-            httpx_kwargs=options,
-        )
-        return telegram.Bot(
-            self._secret.reveal(), base_url=f"{self._base}/bot", request=request, get_updates_request=request
+            # A proxy has no business between this process and a server on the same machine.
+            httpx_kwargs={"trust_env": not is_loopback(self._base)},
         )
 
     async def call(self, method: str, payload: dict[str, Any]) -> Answer:
