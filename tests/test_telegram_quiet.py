@@ -14,15 +14,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import tapebus_schema
+import tapebus_telegram
 from tapebus.errors import ConfigError
 from tapebus.events import GenericEvent
-from tapebus.testing import ListBatch
+from tapebus.events import Registry as Types
+from tapebus.testing import ListBatch, PluginBench, RecordingContext
 from tapebus_telegram.markup import MAX_UNITS, units
+from tapebus_telegram.outbox import rendered
 from tapebus_telegram.quiet import LISTED, Policy, summary
+from tapebus_telegram.relay import Relay
 from tapebus_telegram.render import Message, Renderer
 from tapebus_telegram.settings import MESSAGES, Chat, Settings, load
 from tapebus_trading.symbols import Registry
 
+TYPES = Types(tapebus_schema.tapebus_register_event_types({}))
 RENDERER = Renderer(Registry())
 NIGHT = {"hours": "22:00-07:00", "zone": "Europe/Berlin"}
 
@@ -355,6 +361,32 @@ def test_a_summary_reads(tally: dict[str, float], text: str) -> None:
 
 def test_the_bus_is_asked_only_for_event_types_that_somebody_gets() -> None:
     assert Settings().relayed([Chat(id=1)]) == tuple(name for name, mode in MESSAGES.items() if mode != "off")
+
+
+def test_a_dry_run_shows_the_digests_that_would_have_come(tmp_path: Path) -> None:
+    clock = Clock()
+    context = RecordingContext("telegram", {}, tmp_path)
+    relay = Relay(context, load({"max_per_minute": 2}), wall=clock)
+    signals = [
+        GenericEvent(event_type="signal_generated", timestamp=1e9, source="t", data={"signal_id": f"S{n}"}, bus_seq=n)
+        for n in range(1, 10)
+    ]
+    relay.handle(ListBatch(signals))
+    clock.now += 60
+    relay.tick()
+    relay.save()
+    texts = [each["text"].split("\n")[0] for each in rendered(context.state)]
+    assert len(texts) == 3 and texts[2] == "📥 held since 11:00: 7 signals"
+
+
+def test_what_a_broker_says_of_a_symbol_is_known_after_a_restart() -> None:
+    bench = PluginBench(tapebus_telegram, TYPES, {"dry_run": True}, name="telegram")
+    bench.feed([bench.event("symbol_specification", 1.0, {"symbol": "EURUSD", "digits": 3, "point": 0.001})])
+    bench.restart()
+    signal = {"signal_id": "S", "symbol": "EURUSD", "direction": "BUY", "confidence": 80, "pattern_type": "X"}
+    bench.feed([bench.event("signal_generated", 2.0, {**signal, "entry": 1.12345})])
+    tapebus_telegram.tapebus_stop(bench.context)
+    assert [each["text"].split("\n")[1] for each in rendered(bench.context.state)] == ["entry 1.123"]
 
 
 # -- through the relay to a server ----------------------------------------------------------------------

@@ -163,6 +163,8 @@ class Relay:
 
     def _queue(self, entry: Entry, parked: bool = False) -> None:
         if self.sender is None:
+            if entry.disturbs:
+                self.policy.sent(entry.chat)
             self.outbox.finish(entry, "dry_run")
         elif entry.place in self.sender.disabled:
             self.outbox.finish(entry, "dropped", "chat disabled")
