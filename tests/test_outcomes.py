@@ -174,6 +174,19 @@ def test_a_timeout_ends_at_the_deadline_on_the_last_price_whoever_shows_the_time
     assert b.emitted[0].timestamp == 12 and b.emitted[0].correlation_id == "S"
 
 
+def test_a_program_whose_clock_is_ahead_ends_no_signal_of_another():
+    b = bench()
+    b.feed([signal(b, 0, expires_at=60.0), signal(b, 10_800, signal_id="broker time", expires_at=10_860.0)])
+    b.feed([b.event("signal_expired", 10_801, {"signal_id": "broker time"}), quote(b, 1, 1.102, 1.1021)])
+    assert {d["signal_id"]: d["outcome"] for d in outcomes(b)} == {"S": "WIN", "broker time": "CANCELLED"}
+
+
+def test_a_signal_taken_back_after_its_deadline_had_run_out_at_it():
+    b = bench()
+    b.feed([signal(b, 0, expires_at=5.0), quote(b, 4, 1.1005, 1.1006), expired(b, 6)])
+    assert [(d["outcome"], d["exit_price"], d["closed_at"]) for d in outcomes(b)] == [("TIMEOUT", 1.1005, 5.0)]
+
+
 def test_a_quote_at_the_deadline_comes_too_late():
     b = bench()
     b.feed([signal(b, 0, expires_at=5.0), quote(b, 4, 1.1, 1.1001), quote(b, 5, 1.102, 1.1021)])
@@ -335,6 +348,33 @@ def test_with_direction_and_levels_swapped_one_stream_gives_the_negated_r(moves,
     assert buy["outcome"] == swapped[sell["outcome"]] and buy["duration_s"] == sell["duration_s"]
 
 
+@given(st.booleans(), WALKS, st.lists(st.integers(0, 3), min_size=40, max_size=40), DISTANCES, DISTANCES)
+def test_with_all_prices_mirrored_a_sell_ends_as_the_buy(by_bars, moves, spreads, risk, reward):
+    results = []
+    for sign, direction in ((1, "BUY"), (-1, "SELL")):
+        b = bench()
+        entry, sl, tp = 1000.0, 1000.0 - sign * risk, 1000.0 + sign * reward
+        b.feed([signal(b, 0, {"direction": direction, "entry": entry, "sl": sl, "tp": tp})])
+        price = 0
+        for n, (move, spread) in enumerate(zip(moves, spreads, strict=False)):
+            # what closes the signal is `price` on either side; the other side is `spread` away
+            opened, price = price, price + move
+            lift = 1000.0 - (spread if sign < 0 else 0)
+            if by_bars:
+                edges = sorted((sign * opened, sign * price))
+                data = {"open": sign * opened, "high": edges[1] + 1, "low": edges[0] - 1, "close": sign * price}
+                data = {name: lift + each for name, each in data.items()} | {"spread": float(spread), "volume": 1.0}
+                data |= {"symbol": "EURUSD", "timeframe": "M1", "timestamp": 60.0 * n}
+                b.feed([b.event("market_data.ohlcv", 60.0 * n + 60, data)])
+            else:
+                b.feed([quote(b, n + 1, lift + sign * price, lift + sign * price + spread)])
+        b.feed([quote(b, 1e6, 1.0, 1.0, "GBPUSD")])
+        results.append(outcomes(b)[0])
+    same = ("outcome", "r", "pips", "mfe", "mae", "closed_at", "ambiguous", "gap_before_exit", "quotes_seen", "mode")
+    buy, sell = ({name: each.get(name) for name in same} for each in results)
+    assert buy == sell
+
+
 # -- a model of all rules -----------------------------------------------------------------------
 
 QUOTES = st.tuples(st.just("quote"), st.integers(0, 12), st.sampled_from([0, 1, 1, 2, -1]))
@@ -372,13 +412,12 @@ class Model:
         out["r"] = sign * (price - entry) / risk if risk and price is not None else None
         self.done[s["id"]] = out
 
-    def time(self, now: float) -> None:
-        for s in list(self.open.values()):
+    def time(self, now: float, *only: dict[str, Any]) -> None:
+        for s in only or list(self.open.values()):
             if s["deadline"] <= now:
                 self.end(s, *(("TIMEOUT", s["seen"][-1]) if s["seen"] else ("UNKNOWN", None)), s["deadline"])
 
     def signal(self, now: float, s: dict[str, Any], life: float | None) -> None:
-        self.time(now)
         if s["id"] in self.open or s["id"] in self.done:
             return
         s |= {"seen": [], "deadline": now + (self.max_age if life is None else life)}
@@ -392,9 +431,10 @@ class Model:
         return known == sorted(known) and (s["sl"] is None or s["sl"] != s["tp"])
 
     def expired(self, now: float, signal_id: str) -> None:
-        self.time(now)
         s = self.open.get(signal_id)
-        if s is not None:
+        if s is not None and s["deadline"] <= now:
+            self.time(now, s)
+        elif s is not None:
             self.end(s, "CANCELLED", s["seen"][-1] if s["seen"] else None, now)
 
     def quote(self, now: float, bid: float, ask: float) -> None:

@@ -113,16 +113,16 @@ class Tracker:
         if kind in ("fire_command", "trade_executed", "trade_confirmed"):
             self._mark_fired(event, data)
             return
-        if kind == "market_data.ohlcv":
-            self._bar(event, data)
-        if event.timestamp >= self._deadline:
-            self._expire(event)
         if kind == "market_data":
             if self._quiet.event is None:
                 self._quiet.learn(event)
+            self._expire(event)
             book = self.books.get(_field(data, "symbol"))
             if book is not None:
                 self._quote(book, event, float(_field(data, "bid")), float(_field(data, "ask")))
+        elif kind == "market_data.ohlcv":
+            self._bar(event, data)
+            self._expire(event)
         elif kind == "signal_generated":
             self._open(event, data)
         elif kind == "signal_expired":
@@ -273,7 +273,7 @@ class Tracker:
     # -- ends -----------------------------------------------------------------------------------
 
     def _expire(self, event: Any) -> None:
-        """End the signals whose deadline this event's time has reached, at their deadline."""
+        """End the signals whose deadline the time of the market has reached, at their deadline."""
         heap, now = self._deadlines, event.timestamp
         while heap and (heap[0][0] <= now or not heap[0][3].live):
             signal = heappop(heap)[3]
@@ -300,9 +300,8 @@ class Tracker:
 
     def _cancel(self, signal: Signal, event: Any) -> None:
         """End a signal that was taken back; where bars decide, once they have told of the time before."""
-        if event.timestamp >= signal.deadline:
-            return  # it ran out before, and waits for its bar
-        signal.cancelled, signal.deadline = True, event.timestamp
+        if event.timestamp < signal.deadline:
+            signal.cancelled, signal.deadline = True, event.timestamp
         wait = self.books[signal.symbol].patience(signal.deadline)
         if not wait:
             self._end_by_time(signal, event)
