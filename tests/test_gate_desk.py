@@ -196,12 +196,18 @@ def test_an_order_of_a_person_counts_with_the_risk_to_its_stop_once_it_is_filled
     assert open_risk("S1") == pytest.approx(100.0), "nobody knows the price yet: one full trade"
     table.send("trade_executed", {"fire_id": "m1", "status": "FILLED", "ticket": 1, "price": 1.17, "volume": 2.0})
     assert open_risk("S2") == pytest.approx(200.0 + 99.0), "a hundred points of two lots, and the order of S1"
+    table.send("fire_command", {**order, "fire_id": "m2", "sl": 1.1710, "execution_mode": "MANUAL"})
+    table.send("trade_executed", {"fire_id": "m2", "status": "FILLED", "ticket": 2, "price": 1.17, "volume": 2.0})
+    assert open_risk("S3") == pytest.approx(200.0 + 2 * 99.0), "a stop that locks in a gain risks nothing"
 
 
 # -- users --------------------------------------------------------------------------------------
 
 DESKS = {
-    "tiers": {"COMMANDER": {"max_slots": 10, "risk_pct": 2.0}, "NIBBLER": {"max_slots": 1, "auto_fire": False}},
+    "tiers": {
+        "COMMANDER": {"confidence_band": [80.0, 89.0], "risk_pct": 2.0},
+        "NIBBLER": {"max_slots": 1, "auto_fire": False},
+    },
     "users": {"7": {"tier": "COMMANDER", "confidence_band": [60.0, 70.0]}, "8": {"tier": "NIBBLER"}},
 }
 
