@@ -70,6 +70,16 @@ def test_a_slot_is_held_from_the_fire_to_the_outcome_and_no_longer():
     assert (found["no_outcome"], found["judged"]) == (1, 5)
 
 
+def test_a_trade_holds_no_slot_before_it_was_made():
+    """Imported signals come after the others although they are older."""
+    simulation = Simulation(Change(max_slots=1))
+    for at in (900, 0):
+        quotes = {"EURUSD": Quote(1.1699, 1.17, T0 + at)}
+        given = signal(signal_id=f"S{at}", at=T0 + at)
+        simulation.judge(given, won(T0 + at + 60), Account(10_000.0, 10_000.0), quotes, BASE, KNOWN)
+    assert list(simulation.fired) == ["S900", "S0"]
+
+
 def test_only_full_counts_what_nothing_else_would_have_stopped():
     rows = [(85.0, won(T0 + 9)), (85.0, won(T0 + 9)), (10.0, won(T0 + 9))]
     found = run(Change(max_slots=1), rows).summary()
@@ -210,6 +220,43 @@ def test_without_a_change_or_with_a_wrong_band_it_says_what_is_missing(tmp_path,
     assert "give --band" in capsys.readouterr().err
     assert main([*given, "--band", "92-75"]) == 2
     assert "75-92" in capsys.readouterr().err
+
+
+def test_each_user_is_judged_by_what_is_the_users_own(embed):
+    users = "[plugins.slots.users.7]\nconfidence_band = [10.0, 20.0]"
+    bus = embed(["schema", "store", "slots"], extra=users)
+    data = {"symbol": "EURUSD", "direction": "BUY", "confidence": 15.0, "pattern_type": "P"}
+    data |= {"entry": 1.17, "sl": 1.1685, "tp": 1.172}
+    with bus.publisher() as publisher:
+        for at, (user, balance) in enumerate((("7", 5_000.0), ("8", 1.0))):
+            account = {"account_number": user, "balance": balance, "equity": balance}
+            publisher.publish("balance_update", account, timestamp=T0 + at, user_id=user)
+        publisher.publish("market_data", {"symbol": "EURUSD", "bid": 1.1699, "ask": 1.17}, timestamp=T0 + 9)
+        publisher.publish("signal_generated", {"signal_id": "S7", **data}, timestamp=T0 + 10, user_id="7")
+        publisher.publish("signal_generated", {"signal_id": "S8", **data}, timestamp=T0 + 10, user_id="8")
+        publisher.publish("signal_generated", {"signal_id": "all", **data}, timestamp=T0 + 11)
+        assert publisher.flush(30)
+
+    def found(user):
+        config = str(bus.data_dir.parent / "tapebus0.toml")
+        given = [
+            "whatif",
+            "--data-dir",
+            str(bus.data_dir),
+            "--config",
+            config,
+            "--user",
+            user,
+            "--slots",
+            "5",
+            "--json",
+        ]
+        side = json.loads(CliRunner().invoke(cli, given, catch_exceptions=False).output)["configured"]
+        return side["judged"], side["fires"], side["refused"]
+
+    assert found("7") == (2, 2, {})
+    assert found("8")[:2] == (2, 0) and found("8")[2]["below_min_lot"] == 2
+    assert found("default") == (1, 0, {"account_unknown": 1, "confidence_outside_band": 1})
 
 
 def flawed_day(publisher, count=120):

@@ -41,7 +41,7 @@ class Recording:
 
     `values` is ``[plugins.slots]`` and `shared` ``[shared]`` of the configuration of today; fire modes, disabled
     patterns, calibrations and specifications are those of the signal's moment. `balance` stands in where no figures
-    of the account are on the tape. `progress` is told the share read, 0 to 1.
+    of the account are on the tape. `progress` is told the share read, 0 to 1. The kill switch is never on.
     """
 
     def __init__(

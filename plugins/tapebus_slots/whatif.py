@@ -97,8 +97,7 @@ class Simulation:
         held = [each.held for each in self._open if each.holds(signal.at)]
         settings = self.change.apply(config)
         view = SlotView(len(held), settings.max_slots, held)
-        facts = structs.replace(known, kill_switch=False)
-        verdict = evaluate(signal, _all_free(account), view, quotes, settings, facts)
+        verdict = evaluate(signal, _all_free(account), view, quotes, settings, known)
         self.judged += 1
         self.reasons.update(verdict.reasons)
         self.only_full += set(verdict.reasons) <= FULL and not verdict.fire
