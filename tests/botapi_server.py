@@ -137,6 +137,11 @@ class BotApi:
         self._writers: set[asyncio.StreamWriter] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
 
+    @property
+    def connected(self) -> int:
+        """Connections that are open."""
+        return len(self._writers)
+
     # -- running --------------------------------------------------------------------------------
 
     async def __aenter__(self) -> BotApi:

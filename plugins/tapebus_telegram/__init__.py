@@ -4,20 +4,22 @@ send.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from tapebus.consumer import Consumer, Context
 from tapebus.hookspecs import hookimpl
 from tapebus_telegram import board
-from tapebus_telegram.commands import Operators
 from tapebus_telegram.markup import Line
 from tapebus_telegram.outbox import rendered
 from tapebus_telegram.relay import Relay
 from tapebus_telegram.secret import Redactor, guard_logs, release_logs
 from tapebus_telegram.settings import load, token_of
 from tapebus_telegram.transport import BotTransport
+
+if TYPE_CHECKING:
+    from tapebus_telegram.commands import Operators
 
 __all__ = ["Redactor", "rendered"]
 
@@ -38,6 +40,8 @@ class _Plugin:
         self.topics = {*settings.relayed(self.relay.chats), "symbol_specification"}
         self.operators: Operators | None = None
         if settings.commands is not None and transport is not None:
+            from tapebus_telegram.commands import Operators
+
             relay = self.relay
             self.operators = Operators(context, settings.commands, relay.chats, relay.post, self._figures)
             self.topics |= set(board.TOPICS)

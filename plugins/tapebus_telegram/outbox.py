@@ -10,7 +10,8 @@ from typing import Any
 
 import msgspec
 
-from tapebus_telegram.render import ANSWER, Message
+from tapebus_telegram.journal import Sent
+from tapebus_telegram.render import ANSWER, LOW, Message
 
 _QUEUE, _DONE, _COUNTS = "queue/", "done/", "counts"
 
@@ -101,12 +102,20 @@ class Outbox:
                 waiting.append(msgspec.msgpack.decode(blob, type=Entry))
             elif name == _COUNTS:
                 self.counts.update(msgspec.msgpack.decode(blob, type=dict[str, int]))
-            elif name.startswith(_DONE) and int(name.removeprefix(_DONE)) >= self._keep:
-                self._dirty[name] = None  # `keep` was larger once
         for number, entry in _finished(self._state):
             self._note_finished(number, entry)
+        self._rearrange()
         for entry in sorted(waiting, key=lambda each: each.bus_seq):
             self._enter(entry)
+
+    def _rearrange(self) -> None:
+        """Where `keep` was another number before, put what is kept into the places it has now."""
+        kept = {f"{_DONE}{number % self._keep}": entry for number, entry in self._done.items()}
+        stored = {name: blob for name, blob in self._state.items() if name.startswith(_DONE)}
+        numbers = {name: msgspec.msgpack.decode(blob, type=tuple[int, Entry])[0] for name, blob in stored.items()}
+        if any(name != f"{_DONE}{number % self._keep}" for name, number in numbers.items()):
+            self._dirty.update(dict.fromkeys(stored))
+            self._dirty.update(kept)
 
     def __contains__(self, key: str) -> bool:
         return key in self._queue
@@ -264,6 +273,32 @@ class Outbox:
         if name.startswith(_QUEUE):
             return msgspec.msgpack.encode(entry)
         return msgspec.msgpack.encode((self._numbers[entry.key], entry))
+
+
+def settle(outbox: Outbox, entry: Entry, sent: Sent) -> None:
+    """Finish `entry` as `sent`; what was merged into it in the meantime becomes an edit. Hold the outbox's lock."""
+    entry.message_id = sent.message_id
+    outbox.finish(entry, "sent")
+    if entry.repeats <= sent.repeats:
+        return
+    outbox.add(
+        Entry(
+            key=f"{entry.last_seq:016d}/{entry.place}/edit",
+            chat=entry.chat,
+            topic=entry.topic,
+            html=entry.html,
+            plain=entry.plain,
+            priority=LOW if sent.message_id else entry.priority,
+            bus_seq=entry.last_seq,
+            last_seq=entry.last_seq,
+            at=entry.at,
+            group=entry.group,
+            thread_id=entry.thread_id,
+            repeats=entry.repeats,
+            edits=sent.message_id,
+            silent=entry.silent,
+        )
+    )
 
 
 def _finished(state: Mapping[str, bytes]) -> list[tuple[int, Entry]]:

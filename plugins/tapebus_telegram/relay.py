@@ -5,22 +5,25 @@ The bus never waits for Telegram: the handler only queues, and whatever the netw
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tapebus.consumer import Context
 from tapebus_telegram.journal import Journal
-from tapebus_telegram.outbox import Entry, Outbox, place_of
+from tapebus_telegram.outbox import Entry, Outbox, place_of, settle
 from tapebus_telegram.quiet import Policy
 from tapebus_telegram.render import HIGH, LOW, Message, Renderer
-from tapebus_telegram.sender import Sender, settle
 from tapebus_telegram.settings import Chat, Settings
 from tapebus_telegram.transport import Transport
 from tapebus_trading.symbols import Registry
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from tapebus_telegram.sender import Sender
 
 #: Seconds that a call under way at the end gets to be answered.
 CLOSE_S = 2.0
@@ -62,6 +65,9 @@ class Relay:
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         if transport is not None:
+            # with asyncio and all that comes along, which a dry run does without
+            from tapebus_telegram.sender import Sender
+
             self._journal = Journal(context.data_dir / "telegram.journal")
             self._reconcile(self._journal)
             moved = {name.removeprefix("moved/"): int(to) for name, to in self._stored("moved/")}
@@ -230,10 +236,12 @@ class Relay:
         started.wait()
 
     def _run(self, sender: Sender, jobs: Iterable[Callable[..., Coroutine[Any, Any, None]]], started: Any) -> None:
+        import asyncio
+
         with asyncio.Runner() as runner:
             self._loop = runner.get_loop()
             started.set()
-            runner.run(_all(sender, jobs))
+            runner.run(sender.run_with(jobs))
         # what is woken from now on has nobody to wake
         self._loop = None
 
@@ -277,15 +285,3 @@ class Relay:
         halted = self.sender.halted_s if self.sender is not None else 0.0
         queue = {"waiting": self.outbox.waiting, "waiting_for_digest": self.policy.held}
         return {**named, **rest, **queue, "disabled_chats": disabled, "halted_s": halted}
-
-
-async def _all(sender: Sender, jobs: Iterable[Callable[[Transport], Coroutine[Any, Any, None]]]) -> None:
-    """Send until the sender is told to finish; the jobs end with it."""
-    tasks = [asyncio.create_task(job(sender.transport)) for job in jobs]
-    try:
-        await sender.run()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await sender.transport.close()

@@ -10,15 +10,14 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 from tapebus_telegram.journal import Journal, Sent
 from tapebus_telegram.limits import Limits
 from tapebus_telegram.markup import cut, units
-from tapebus_telegram.outbox import Entry, Outbox, place_of
+from tapebus_telegram.outbox import Entry, Outbox, place_of, settle
 from tapebus_telegram.quiet import Policy
-from tapebus_telegram.render import LOW
 from tapebus_telegram.transport import Answer, Transport
 
 #: A chat or topic is given up after this many refusals in a row.
@@ -140,6 +139,17 @@ class Sender:
                 self._backoff(f"unexpected {type(error).__name__}")
                 at = self._halted_until
             await self._wait(at)
+
+    async def run_with(self, jobs: Iterable[Callable[[Transport], Coroutine[Any, Any, None]]]) -> None:
+        """`run`, with `jobs` on the same loop that end with it; then close the transport."""
+        tasks = [asyncio.create_task(job(self.transport)) for job in jobs]
+        try:
+            await self.run()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self.transport.close()
 
     async def _wait(self, at: float) -> None:
         wait = None if at == float("inf") else max(0.0, at - self._clock())
@@ -320,29 +330,3 @@ class Sender:
     @property
     def halted_s(self) -> float:
         return max(0.0, self._halted_until - self._clock())
-
-
-def settle(outbox: Outbox, entry: Entry, sent: Sent) -> None:
-    """Finish `entry` as `sent`; what was merged into it in the meantime becomes an edit. Hold the outbox's lock."""
-    entry.message_id = sent.message_id
-    outbox.finish(entry, "sent")
-    if entry.repeats <= sent.repeats:
-        return
-    outbox.add(
-        Entry(
-            key=f"{entry.last_seq:016d}/{entry.place}/edit",
-            chat=entry.chat,
-            topic=entry.topic,
-            html=entry.html,
-            plain=entry.plain,
-            priority=LOW if sent.message_id else entry.priority,
-            bus_seq=entry.last_seq,
-            last_seq=entry.last_seq,
-            at=entry.at,
-            group=entry.group,
-            thread_id=entry.thread_id,
-            repeats=entry.repeats,
-            edits=sent.message_id,
-            silent=entry.silent,
-        )
-    )
