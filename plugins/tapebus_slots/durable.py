@@ -33,11 +33,11 @@ def load(state: Mapping[str, bytes]) -> dict[str, SlotTable]:
     return tables
 
 
-def last_time(tables: Iterable[SlotTable]) -> float:
+def last_time(tables: Iterable[SlotTable], heartbeats: bool = True) -> float:
     """The latest event time the tables know of, 0 where they know none."""
     times = [0.0]
     for table in tables:
-        times += [view.heartbeat_at or 0.0 for view in table.accounts.values()]
+        times += [view.heartbeat_at or 0.0 for view in table.accounts.values() if heartbeats]
         times += [slot.since for slot in table.slots.values()] + [each.at for each in table.ended.values()]
     return max(times)
 

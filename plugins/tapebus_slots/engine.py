@@ -35,6 +35,9 @@ class Engine:
         self.clock = 0.0
         #: The latest time the tables know of: what a tick goes by until there is an event.
         self._before = durable.last_time(self.tables.values())
+        #: The latest time that two events in a row have reached: one clock that is ahead does not move it, nor does
+        #: an event that comes late.
+        self._agreed = durable.last_time(self.tables.values(), heartbeats=False)
         self._keeper = durable.Keeper(context.state)
         self._touched = False
         self._quote_class: type[Any] | None = None
@@ -75,6 +78,7 @@ class Engine:
                     # of the actions of users only the kill switch matters, and that is no part of a table
                     self._touched = self._touched or kind != "user_action"
                     self._handlers[kind](event)
+                    self._agreed = max(self._agreed, min(self.clock, event.timestamp))
                     last = event
         finally:
             self._read_quotes()
@@ -142,7 +146,7 @@ class Engine:
         says = str(get(data, "status") or f"retcode {retcode}").lower()
         changes: list[Change | None] = []
         if answer != "filled":
-            changes += table.named(slot, ticket)
+            changes += table.named(slot, ticket, answer == "closed")
         if answer == "filled":
             changes += table.opened(self._opened_slot(event, ticket), seq, says)
         elif slot is None:
@@ -188,8 +192,10 @@ class Engine:
         table = self._holder(data) or self.table(self.user(event))
         slot = table.find(get(data, "fire_id"), get(data, "ticket"), get(data, "position_id"))
         grace = self.config_of(table.user_id).snapshot_grace_s
-        changes: list[Change | None] = [*table.named(slot, get(data, "ticket"))]
-        self._publish(table, [*changes, table.closed(slot, _close(event), grace)], event)
+        close = _close(event)
+        whole = slot is not None and (close.lots or 0.0) >= (slot.opened_lots or 0.0)
+        changes: list[Change | None] = [*table.named(slot, get(data, "ticket"), whole)]
+        self._publish(table, [*changes, table.closed(slot, close, grace)], event)
 
     def on_heartbeat(self, event: Any) -> None:
         data = event.data
@@ -207,7 +213,8 @@ class Engine:
         )
         if get(data, "balance") is not None:  # first: a complete list answers what the balance asks
             self._balance(table, data.balance, event)
-        changes = table.snapshot(snapshot, self.clock, config.heartbeat_max_age_s, config.snapshot_grace_s)
+        latest = max(self.clock, self._agreed)
+        changes = table.snapshot(snapshot, self.clock, latest, config.heartbeat_max_age_s, config.snapshot_grace_s)
         view = table.accounts[account]
         view.number = get(data, "account_number") or view.number
         self._publish(table, changes, event)

@@ -42,21 +42,22 @@ class Match(NamedTuple):
     likely: bool
 
 
-def match(slots: Sequence[Slot], positions: Sequence[Position], at: float) -> tuple[list[Match], list[Position]]:
+def match(slots: Sequence[Slot], positions: Sequence[Position], at: float | None) -> tuple[list[Match], list[Position]]:
     """Pairs of slot and position, at most one each, and the positions no slot claims.
 
     Tried in the order of trust, each over all that is left: position id, fire id (also in the comment), ticket,
     the opening (magic, symbol, price, time), a comment cut short, and last an unanswered fire of the same symbol
-    and direction that was sent before `at`, the time of the list.
+    and direction that was sent before `at`, the time of a complete list (an incomplete one may lack the very one).
     """
     pairs: list[Match] = []
     slots, positions = list(slots), list(positions)
     for same in _TESTS:
         for position in positions[:]:
-            early = [each for each in slots if same is not _answers or each.sent_at is None or each.sent_at < at]
-            slot = next((each for each in early if same(each, position)), None)
+            able = [each for each in slots if same is not _answers or _sent_before(each, at)]
+            slot = next((each for each in able if same(each, position)), None)
             if slot is not None:
-                pairs.append(Match(slot, position, same is _same_fire, same in (_cut_comment, _answers)))
+                likely = same in (_cut_comment, _answers) or (same is _same_opening and slot.open_time is None)
+                pairs.append(Match(slot, position, same is _same_fire, likely))
                 slots.remove(slot)
                 positions.remove(position)
     return pairs, positions
@@ -97,6 +98,10 @@ def _answers(slot: Slot, position: Position) -> bool:
     """A fire whose confirmation was lost: the position that appeared for it has no name yet."""
     unnamed = slot.ticket is None and slot.state in ("RESERVED", "UNKNOWN")
     return unnamed and not _contradicts(slot, position) and _may_be(slot, position)
+
+
+def _sent_before(slot: Slot, at: float | None) -> bool:
+    return at is not None and (slot.sent_at is None or slot.sent_at < at)
 
 
 def _may_be(slot: Slot, position: Position) -> bool:

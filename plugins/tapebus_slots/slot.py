@@ -113,11 +113,22 @@ class Slot(Struct, omit_defaults=True):
         """Whether only its likeness to the order made a list's position that of this fire."""
         return self.guess and self.ticket is not None
 
+    def unlike(self, filled: Slot) -> bool:
+        """Whether the position this slot was taken for is not the one that was `filled`: another price, or ticket.
+
+        A later list may know a later ticket of the same position.
+        """
+        if None not in (self.open_price, filled.open_price) and self.open_price != filled.open_price:
+            return True
+        return self.ticket != filled.ticket and (self.listed_at or 0.0) < filled.since
+
     def forget_position(self) -> None:
-        """Back to an order without a position."""
+        """Back to what was known before a list's position was taken for that of this fire."""
+        former = self.former_tickets
         for name in _POSITION:
             setattr(self, name, None)
-        self.former_tickets, self.listings, self.lots, self.guess = [], 0, self.opened_lots, False
+        self.ticket, self.former_tickets = (former[-1], former[:-1]) if former else (None, [])
+        self.listings, self.lots, self.guess = 0, self.opened_lots, False
 
     def take_position(self, other: Slot) -> None:
         """Hold the position that `other` was taken to hold."""

@@ -113,12 +113,12 @@ class SlotTable(Struct):
         if held is None:
             self._forget(slot.key)
             self.slots[slot.key] = held = slot.nameless()
-        if held.guessed and held.ticket != slot.ticket and (twin is not None or (held.listed_at or 0) < slot.since):
+        if held.guessed and (twin is not None or held.unlike(slot)):
             changes += self._leave(held)
         if twin is not None:
             changes += self._take_over(twin, held, slot.since)
         held.learn(slot)
-        held.guess = False
+        held.guess = held.guess and held.ticket != slot.ticket
         if held.status is None or held.status.believes != "gone" or held.status.at < slot.since:
             held.heard("held", says, slot.since, "strong", seq, after=True)
         if held.state in ("RESERVED", "UNKNOWN"):
@@ -148,11 +148,14 @@ class SlotTable(Struct):
         self.slots[key] = other
         return self._announce(other)
 
-    def named(self, slot: Slot | None, ticket: int | None) -> list[Change]:
-        """The terminal names the ticket of `slot`: a position it was only taken for is left where it names another."""
-        if slot is None or ticket is None or not slot.guessed or ticket in (slot.ticket, *slot.former_tickets):
+    def named(self, slot: Slot | None, ticket: int | None, whole: bool) -> list[Change]:
+        """The terminal names the ticket of `slot`: a position it was only taken for is left where it names another.
+
+        A former ticket may be that of the same position, unless the `whole` of it is closed.
+        """
+        if slot is None or ticket is None or not slot.guessed or ticket == slot.ticket:
             return []
-        return self._leave(slot)
+        return [] if ticket in slot.former_tickets and not whole else self._leave(slot)
 
     def _take_over(self, twin: Slot, held: Slot, at: float) -> list[Change]:
         """The position `twin` was taken for is that of `held`; a `twin` without an order of its own is gone."""
@@ -245,25 +248,26 @@ class SlotTable(Struct):
 
     # -- snapshots ------------------------------------------------------------------------------
 
-    def snapshot(self, snapshot: Snapshot, now: float, max_age: float, grace: float) -> list[Change]:
+    def snapshot(self, snapshot: Snapshot, now: float, latest: float, max_age: float, grace: float) -> list[Change]:
         """Take over a heartbeat. An incomplete one may only change the count, never release.
 
         One more than `max_age` seconds behind `now` (the time of the event before it) or not newer than the last
         one is no evidence, and one whose mark is no later than the last one's is that one again: no second proof.
-        `grace`: seconds a position must be older than the snapshot before its absence means anything, and that
-        lie between two proofs (what waited somewhere arrives in one go).
+        `latest` is the latest time that is sure to have come. `grace`: seconds a position must be older than the
+        snapshot before its absence means anything, and that lie between two proofs (what waited somewhere arrives
+        in one go).
         """
         if snapshot.account not in self.accounts:
             self.accounts[snapshot.account] = self.accounts.pop("", AccountView())
         view = self.accounts[snapshot.account]
-        if view.heartbeat_at is not None and view.heartbeat_at > now + max_age:
+        if view.heartbeat_at is not None and view.heartbeat_at > latest + max_age:
             view.heartbeat_at = None  # stamped by a clock that was ahead: it must not mute the heartbeats after it
         if snapshot.at < now - max_age or (view.heartbeat_at is not None and snapshot.at <= view.heartbeat_at):
             return []
         before, again = view.count, snapshot.mark != "" and snapshot.mark <= view.mark
         mine = [slot for slot in self.slots.values() if slot.account in (None, snapshot.account)]
         self._count(view, snapshot, mine, grace)
-        pairs, strangers = match(mine, snapshot.positions or (), snapshot.at)
+        pairs, strangers = match(mine, snapshot.positions or (), snapshot.at if snapshot.complete else None)
         changes: list[Change] = []
         for each in pairs:
             each.slot.guess = each.likely or (each.slot.guess and not each.named)

@@ -54,6 +54,9 @@ def dispute(slot: Slot, view: AccountView | None) -> str:
 
     The balance and the age are never sure of anything, so they only ask for a reconciliation.
     """
+    short = view is not None and view.said is not None and view.said < view.expected
+    if not short and not any(each is not None and each.believes == "gone" for each in (slot.status, slot.listed)):
+        return ""  # nearly always
     sides = {"held": "", "gone": ""}
     count = _count(slot, view) if view is not None and slot.state in ("OPEN", "RELEASING") else None
     for name, witness in (("status", slot.status), ("tickets", slot.listed), ("count", count)):
