@@ -121,7 +121,9 @@ class BotApi:
         self.migrated: dict[int, int] = {}
         self.blocked: set[int | str] = set()
         self.broken: list[str] = []
+        #: What was said and not yet confirmed by an `offset` above it, and the last number given and handed over.
         self.updates: list[dict[str, Any]] = []
+        self.said = self.handed = 0
         #: Answers to the next questions for updates, and the offsets of all of them so far (0: none given).
         self.polls: deque[Any] = deque()
         self.offsets: list[int] = []
@@ -302,8 +304,9 @@ class BotApi:
         chat = user if chat is None else chat
         person = {"id": user, "is_bot": False, "first_name": "P"}
         about = {"id": chat, "type": "private" if chat > 0 else "supergroup"}
-        message = {"message_id": 1000 + len(self.updates), "date": int(time.time()), "chat": about, "from": person}
-        self.updates.append({"update_id": 1 + len(self.updates), "message": {**message, "text": text, **more}})
+        self.said += 1
+        message = {"message_id": 1000 + self.said, "date": int(time.time()), "chat": about, "from": person}
+        self.updates.append({"update_id": self.said, "message": {**message, "text": text, **more}})
         self._loop.call_soon_threadsafe(self._news.set)
 
     async def _updates(self, body: bytes) -> Any:
@@ -312,6 +315,7 @@ class BotApi:
         self.calls += 1
         call = _parameters(body)
         self.offsets.append(call.get("offset", 0))
+        self.updates = [each for each in self.updates if each["update_id"] >= self.offsets[-1]]
         if self.polls:
             return self.polls.popleft()
         if self._poll is not None and not self._poll.done():
@@ -319,13 +323,15 @@ class BotApi:
         mine = self._poll = asyncio.get_running_loop().create_future()
         end = asyncio.get_running_loop().time() + float(call.get("timeout", 0))
         while True:
-            found = [each for each in self.updates if each["update_id"] >= call.get("offset", 0)]
+            found = list(self.updates)
             left = end - asyncio.get_running_loop().time()
             if mine.done():
                 return CONFLICT
             if found or left <= 0:
                 mine.set_result(None)
-                return {"ok": True, "result": found[: int(call.get("limit", 100))]}
+                found = found[: int(call.get("limit", 100))]
+                self.handed = max([self.handed, *(each["update_id"] for each in found)])
+                return {"ok": True, "result": found}
             self._news.clear()
             news = asyncio.ensure_future(self._news.wait())
             await asyncio.wait({news, mine}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
