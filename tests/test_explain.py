@@ -349,6 +349,18 @@ def test_the_way_is_found_through_fire_id_and_ticket_where_nothing_carries_the_s
     assert code == 0 and "position closed: TP_HIT" in out and "ticket 21173957, closed" in out
 
 
+@pytest.mark.parametrize("first", [[], [YES]], ids=["nothing followed", "a verdict followed"])
+def test_a_signal_published_without_a_correlation_id_is_found(run, first):
+    run.put((SIGNAL[0], SIGNAL[1] | {"signal_id": "OTHER"}), SIGNAL, by=None)
+    with run.publisher() as publisher:
+        for event_type, data in first:  # as the gate correlates what it says of such a signal
+            assert publisher.publish(event_type, data, "S", causation_id="bus:2", timestamp=NOON + 3, user_id="7")
+        assert publisher.flush(PATIENCE)
+    with Tape.open(run.data_dir) as tape:
+        assert kinds(follow(tape, "S")) == ["signal_generated", *(each[0] for each in first)]
+        assert follow(tape, "S").events[0].bus_seq == 2
+
+
 def test_a_manual_order_a_minute_later_belongs_to_the_way(run):
     run.put(SIGNAL, NO)
     run.put(MANUAL, by="M", at=NOON + 60)

@@ -110,12 +110,26 @@ def follow(tape: Tape, signal_id: str) -> Chain:
     if not named and (owner := _owner(tape, signal_id)):
         chain = Chain(owner)
         chain.by_index(tape)
+    if not any(event.event_type in SIGNALS for event in chain.events):
+        chain.settle(_uncorrelated(tape, chain))
+        chain.by_index(tape)
     if any(event.event_type not in ("signal_imported", "signal_outcome") for event in chain.events):
         chain.by_type(tape, _FIRES, FIRE_WINDOW_S)
         chain.by_index(tape)
         if chain.fires:
             chain.by_type(tape, _ANSWERS, END_WINDOW_S)
     return chain
+
+
+def _uncorrelated(tape: Tape, chain: Chain) -> list[Any]:
+    """The signal itself, published without a correlation id: the cause of what follows it, else among the newest."""
+    causes = {event.causation_id for event in chain.events if (event.causation_id or "").startswith("bus:")}
+    for cause in sorted(causes):
+        found = list(tape.read(after=int(cause[4:]) - 1, limit=1))
+        if found and found[0].event_type in SIGNALS and field(found[0].data, "signal_id") == chain.signal_id:
+            return found
+    newest = tape.read(topics=SIGNALS, reverse=True, limit=MOST)
+    return list(islice((each for each in newest if field(each.data, "signal_id") == chain.signal_id), 1))
 
 
 def _owner(tape: Tape, fire_id: str) -> str | None:
