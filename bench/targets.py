@@ -102,6 +102,12 @@ TARGETS = [
         least=10,
     ),
     Target("… ÷ NATS JetStream", ratio("publisher.events_per_s", "peer:jetstream.events_per_s"), "×", least=25),
+    Target(
+        "… with statistics and alerts ÷ without",
+        ratio("publisher-all.events_per_s", "publisher.events_per_s"),
+        "×",
+        least=0.9,
+    ),
     Target("… ÷ lowest floor", of_floors, "×", least=0.30),
     Target(f"{ALL}: PUSH, MessagePack", "push-msgpack.events_per_s", "events/s", least=600_000),
     Target(f"{ALL}: PUSH, JSON", "push-json.events_per_s", "events/s", least=350_000),

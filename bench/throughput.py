@@ -6,21 +6,25 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from bench.harness import STANDING, Bus, Skipped, Wrong, drive, loads
+from bench.harness import FIVE, STANDING, Bus, Skipped, Wrong, drive, loads
 from bench.plan import Bench, Figures, Results, Size
+
+from tapebus.config import Plugins
 
 if TYPE_CHECKING:
     from bench.peers import Peer
 
+#: The five and what learns from their events: statistics and alerts.
+DEFAULT = tuple(Plugins().enabled)
 #: With which every throughput line runs: as many programs publish, feeds push alone.
 PRODUCERS = {"publisher": 2, "msgpack": 1, "json": 1}
 
 
-def through(kind: str) -> Callable[[Size], Figures]:
-    """The mix through all five plugins, `STANDING` signals open."""
+def through(kind: str, plugins: tuple[str, ...] = FIVE) -> Callable[[Size], Figures]:
+    """The mix through `plugins`, `STANDING` signals open."""
 
     def run(size: Size) -> Figures:
-        with Bus() as bus:
+        with Bus(plugins=plugins) as bus:
             figures = drive(bus, loads(bus, kind, PRODUCERS[kind], size.events))
             check_open(bus, STANDING)
             return figures
@@ -37,6 +41,7 @@ def check_open(bus: Bus, least: int) -> None:
 
 BENCHES = [
     Bench("publisher", "two Publishers, acknowledged, on disk, through five plugins", through("publisher")),
+    Bench("publisher-all", "the same through every plugin that is on by default", through("publisher", DEFAULT)),
     Bench("push-msgpack", "plain PUSH, one MessagePack event a frame", through("msgpack")),
     Bench("push-json", "plain PUSH, one JSON event a frame", through("json")),
 ]
