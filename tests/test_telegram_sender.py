@@ -197,6 +197,8 @@ def test_a_wrong_token_stops_the_relay_with_an_alert_and_keeps_what_waits(
             await world.restart()
             await world.drain()
             assert ids(world.server.accepted) == ["S-1", "S-2", "S-3"]
+            assert [wire.data["state"] for wire in world.emitted] == ["raised", "cleared"]
+            assert len({wire.data["name"] for wire in world.emitted}) == 1
 
     simulate(scenario)
 

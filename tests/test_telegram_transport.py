@@ -19,6 +19,7 @@ import pytest
 pytest.importorskip("telegram", reason="sending is an extra of the Telegram plugin")
 
 import httpx
+import msgspec
 
 import botapi_server as api
 import virtual_time
@@ -74,7 +75,10 @@ ANSWERS: dict[str, tuple[Any, Answer]] = {
 def test_every_error_of_the_library_becomes_an_answer_with_its_code(fault: Any, expected: Answer) -> None:
     server = api.BotApi(TOKEN)
     server.faults.append(fault)
-    assert ask(server, "sendMessage", HELLO) == expected
+    answer = ask(server, "sendMessage", HELLO)
+    # some releases add the code to the words
+    assert answer.description.startswith(expected.description)
+    assert msgspec.structs.replace(answer, description=expected.description) == expected
 
 
 def test_nobody_listening_is_no_answer(free_ports: Any) -> None:

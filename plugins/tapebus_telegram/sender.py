@@ -31,6 +31,8 @@ MARGIN_S = 0.1
 CONFLICT_S = 3.0
 #: A call that the end of a process cut off may still reach Telegram this much later.
 LATE_S = 2.0
+#: Stands for all chats in ``refused``.
+EVERYWHERE = "*"
 _CHAT_REFUSED = (
     "chat not found",
     "chat_id is empty",
@@ -226,12 +228,10 @@ class Sender:
         self.failures = 0
         self._refusals.pop(entry.place, None)
         self._failing.pop(entry.key, None)
-        if entry.place in self.refused:
-            self.refused.discard(entry.place)
-            self.unsaved.append((f"refused/{entry.place}", None))
-            self.notices.append(
-                Notice(f"telegram chat {entry.place}", "info", f"chat {entry.place} takes messages again", "cleared")
-            )
+        for place in self.refused & {entry.place, EVERYWHERE}:
+            self.refused.discard(place)
+            self.unsaved.append((f"refused/{place}", None))
+            self._notice(place, "info", "messages are taken again", "cleared")
         with self.outbox.lock:
             if entry.disturbs:
                 self.policy.sent(entry.chat)
@@ -280,7 +280,8 @@ class Sender:
     def _stop(self, reason: str) -> None:
         self.stopped = self.last_error = reason
         self.log.error("telegram stopped: %s; put a valid token in place and restart", reason)
-        self.notices.append(Notice("telegram stopped", "critical", reason))
+        self._refuse(EVERYWHERE, reason)
+        self._notice(EVERYWHERE, "critical", f"nothing is sent: {reason}")
 
     def _migrated(self, chat: int | str, target: int) -> None:
         self.moved[str(chat)] = target
@@ -294,14 +295,22 @@ class Sender:
         if count < CHAT_FAILURES:
             return
         reason = self.disabled[place] = f"{answer.code} {answer.description}"
-        self.refused.add(place)
-        self.unsaved.append((f"refused/{place}", reason.encode()))
+        self._refuse(place, reason)
         self.log.error("chat %s is disabled until restart: %s", place, reason)
-        self.notices.append(Notice(f"telegram chat {place}", "error", f"chat {place} is disabled: {reason}"))
+        self._notice(place, "error", f"chat {place} is disabled: {reason}")
         with self.outbox.lock:
             for each in self.outbox.entries():
                 if place_of(each.chat, each.thread_id) == place:
                     self.outbox.finish(each, "dropped", "chat disabled")
+
+    def _refuse(self, place: str, reason: str) -> None:
+        """Remember over a restart that `place` has an alert to clear."""
+        self.refused.add(place)
+        self.unsaved.append((f"refused/{place}", reason.encode()))
+
+    def _notice(self, place: str, severity: str, message: str, state: str = "raised") -> None:
+        name = "telegram" if place == EVERYWHERE else f"telegram chat {place}"
+        self.notices.append(Notice(name, severity, message, state))
 
     def _unavailable(self, entry: Entry, answer: Answer) -> float:
         if answer.code:
