@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import tomllib
 from collections import Counter
 from collections.abc import Callable
 from datetime import datetime
@@ -160,6 +162,22 @@ def test_a_wrong_configuration_is_refused_naming_the_key_and_what_to_write(
     with pytest.raises(ConfigError, match=r"plugins\.telegram") as refused:
         load(config)
     assert all(word in str(refused.value) for word in words), refused.value
+
+
+@pytest.mark.parametrize("page", ["docs/telegram.md", "plugins/tapebus_telegram/README.md"])
+def test_every_example_of_the_documentation_is_a_valid_configuration(page: str) -> None:
+    text = (Path(__file__).parents[1] / page).read_text()
+    examples = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    assert examples
+    for example in examples:
+        load({"chats": [{"id": 1}], **tomllib.loads(example)["plugins"]["telegram"]})
+
+
+def test_the_page_for_operators_lists_every_event_type_with_how_it_comes() -> None:
+    text = (Path(__file__).parents[1] / "docs/telegram.md").read_text()
+    rows = [line.split("|") for line in text.splitlines() if line.startswith("| `") and line.count("|") == 4]
+    listed = {name: row[3].strip() for row in rows for name in re.findall(r"`(\w+)`", row[1])}
+    assert listed.items() >= MESSAGES.items()
 
 
 # -- quiet hours ------------------------------------------------------------------------------------

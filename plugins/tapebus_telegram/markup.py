@@ -62,8 +62,13 @@ def compose(lines: Iterable[Line], limit: int = MAX_UNITS - ROOM) -> tuple[str, 
     for line in lines:
         html_line, plain_line = "", ""
         for text, tag in line:
-            shown = cut(clean(text), left)
-            left -= units(shown)
+            if not text:
+                continue
+            if len(text) <= left and text.isascii() and text.isprintable():
+                shown, left = text, left - len(text)
+            else:
+                shown = cut(clean(text), left)
+                left -= units(shown)
             html_line += tagged(shown, tag)
             plain_line += shown
         if plain_line:

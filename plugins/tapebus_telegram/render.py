@@ -28,15 +28,19 @@ ANSWER = "answer"
 class Message(msgspec.Struct, frozen=True):
     """``group`` names what is the same message to a reader; repeats within it are merged. Empty: never merged.
 
-    ``line`` is the message in a list of several, ``tally`` what it adds to a summary of them.
+    ``tally`` is what it adds to a summary of several.
     """
 
     html: str
     plain: str
     priority: int
     group: str
-    line: str = ""
     tally: Mapping[str, float] = {}
+
+    @property
+    def line(self) -> str:
+        """The message in a list of several."""
+        return one_line(" · ".join(self.plain.split("\n", 2)[:2]), LINE_UNITS)
 
 
 class Built(msgspec.Struct, frozen=True):
@@ -64,9 +68,7 @@ class Renderer:
         built = build(view)
         html, plain = compose(built.lines)
         group = f"{event.event_type}:{built.group}"[:300] if built.group else ""
-        texts = ["".join(text for text, _ in line) for line in built.lines]
-        line = one_line(" · ".join([text for text in texts if text][:2]), LINE_UNITS)
-        return Message(html, plain, built.priority, group, line, built.tally)
+        return Message(html, plain, built.priority, group, built.tally)
 
 
 class _View:
