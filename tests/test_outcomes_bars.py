@@ -1,11 +1,8 @@
-"""Outcomes decided by bars: each rule by name, then whole days of bars against what their quotes say."""
+"""Outcomes decided by bars: each rule by name, and what a restart must not change."""
 
 from __future__ import annotations
 
 import random
-from collections import Counter
-from collections.abc import Iterator
-from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -13,14 +10,12 @@ from msgspec import structs
 
 import tapebus_outcomes
 from bus_support import PATIENCE, wait_until
-from outcome_days import Day, Oracle, make_orders, read_day
 from tapebus.errors import ConfigError
 from tapebus.events import Registry
 from tapebus.testing import PluginBench
-from tapebus_outcomes.bars import Bar, decide, timeframe_s
+from tapebus_outcomes.bars import timeframe_s
 from tapebus_schema.catalog import default_types
 
-EURUSD = "oanda_eurusd_20140508.zip"
 #: Opens of M5 bars; nothing depends on the day.
 T0 = 1_700_000_100.0
 M5 = 300.0
@@ -465,82 +460,3 @@ def test_a_restart_anywhere_among_quotes_and_bars_changes_no_outcome(seed):
             assert each["mae_r"] - 1e-6 <= each["r"] and each["mae"] <= 0 <= each["mfe"]
             # a target is filled at its level, which the price of its quote may be beyond
             assert each["r"] <= each["mfe_r"] + 1e-6
-
-
-# -- days of bars -------------------------------------------------------------------------------
-
-
-def made_of(day: Day, seconds: int) -> list[Bar]:
-    """The bars of the bid, from the quotes."""
-    bars: dict[float, list[float]] = {}
-    for time, bid in zip(day.times, day.bids, strict=True):
-        bars.setdefault(time // seconds * seconds, []).append(bid)
-    return [Bar(at, at + seconds, p[0], max(p), min(p), p[-1]) for at, p in bars.items()]
-
-
-@pytest.mark.parametrize(("seconds", "both", "bars"), [(60, 0, 1419), (300, 3, 288), (900, 4, 96), (3600, 3, 24)])
-def test_five_pips_either_way_of_the_open_are_both_reached_as_often_as_the_quotes_of_a_day_say(
-    shared_data, seconds, both, bars
-):
-    made = made_of(read_day(shared_data / "ticks" / EURUSD), seconds)
-    decided = [decide(each, each.open - 0.0005, each.open + 0.0005, each.start, each.end + 1) for each in made]
-    assert (len(made), sum(step.doubt for step in decided)) == (bars, both)
-
-
-def with_one_spread(day: Day, spread: float) -> Day:
-    """The day as bars can tell it: their ask is the bid plus a spread."""
-    return Day(day.symbol, day.decimals, day.half_point, day.times, day.bids, [bid + spread for bid in day.bids])
-
-
-def events(b: PluginBench, day: Day, orders: list[Any], seconds: int, spread: float) -> Iterator[Any]:
-    """Signals, and bars as they end."""
-    made = iter(made_of(day, seconds))
-    names = {60: "M1", 300: "M5", 900: "M15"}
-    nxt = next(made)
-    for order in sorted(orders, key=lambda each: each.opened_at):
-        while nxt is not None and nxt.end <= order.opened_at:
-            yield _published(b, day, nxt, names[seconds], spread)
-            nxt = next(made, None)
-        yield b.event("signal_generated", order.opened_at, order.payload(day.symbol))
-    while nxt is not None:
-        yield _published(b, day, nxt, names[seconds], spread)
-        nxt = next(made, None)
-
-
-def _published(b: PluginBench, day: Day, each: Bar, timeframe: str, spread: float) -> Any:
-    prices = {"open": each.open, "high": each.high, "low": each.low, "close": each.close, "volume": 1.0}
-    data = {"symbol": day.symbol, "timeframe": timeframe, "timestamp": each.start, "spread": spread, **prices}
-    return b.event("market_data.ohlcv", each.end, data)
-
-
-def test_what_bars_decide_without_a_doubt_is_what_the_quotes_decide(shared_data):
-    spread = 0.0001
-    day = with_one_spread(read_day(shared_data / "ticks" / EURUSD), spread)
-    orders = [each for each in make_orders(day, random.Random(5), 3000) if each.entry is not None]
-    oracle = Oracle(day, Fraction(1, 10_000), orders[0])
-    wanted = {order.signal_id: oracle.judge(order) for order in orders}
-    doubtful = {}
-    for seconds in (60, 300, 900):
-        b = bench()
-        b.feed(events(b, day, orders, seconds, spread))
-        sure = [d for d in outcomes(b) if not d["ambiguous"] and d["outcome"] in ("WIN", "LOSS")]
-        doubtful[seconds] = sum(d["ambiguous"] for d in outcomes(b))
-        assert len(sure) > 500
-        kinds = Counter(each["outcome"] for each in sure)
-        assert min(kinds["WIN"], kinds["LOSS"]) > 100
-        for got in sure:
-            want = wanted[got["signal_id"]]
-            if want.outcome == "CANCELLED":  # nobody takes signals back here
-                continue
-            assert got["outcome"] == want.outcome, (seconds, got, want)
-            # in the bar of that quote: at its open, or inside, which is known when it ends
-            start = want.closed_at // seconds * seconds
-            assert got["closed_at"] in (start, start + seconds)
-            at_open = got["closed_at"] == start
-            if want.r is not None and got["outcome"] == "WIN":  # at an open beyond it a target pays more
-                assert got["r"] == pytest.approx(float(want.r), abs=1e-6) or (at_open and got["r"] > want.r)
-            elif want.r is not None:  # inside a bar nobody sees how far beyond the stop the first price was
-                assert got["r"] >= float(want.r) - 1e-6
-            if got["outcome"] == "WIN" and not at_open:
-                assert got["mfe"] <= float(want.mfe or 0) + 1e-9 and got["mae"] <= float(want.mae or 0) + 1e-9
-    assert doubtful[60] < doubtful[300] < doubtful[900]
