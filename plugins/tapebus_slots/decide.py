@@ -13,7 +13,7 @@ from typing import Any
 
 from tapebus.consumer import Context
 from tapebus_slots.config import Config
-from tapebus_slots.desk import Desk
+from tapebus_slots.desk import SWITCH, Desk
 from tapebus_slots.gate import Verdict, evaluate
 from tapebus_slots.payload import direction, get
 from tapebus_slots.sizing import ZERO, Quote, conversion, loss_per_lot
@@ -107,8 +107,8 @@ class Decider:
     def on_action(self, event: Any) -> None:
         """The kill switch; durable at once, announced only when it moves."""
         data = event.data
-        action = str(get(data, "action"))
-        if not self.desk.switch(action):
+        action = data.get("action") if type(data) is dict else data.action
+        if action not in SWITCH or not self.desk.switch(action):
             return
         on = self.desk.kill_switch
         who = event.user_id or get(data, "user_id") or "unknown"

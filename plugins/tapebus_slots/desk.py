@@ -21,6 +21,8 @@ from tapebus_trading.sessions import hours
 from tapebus_trading.symbols import Registry
 
 _SWITCH = "kill_switch"
+#: What a `user_action` may ask of the kill switch.
+SWITCH = {"kill_switch_on": True, "kill_switch_off": False}
 _MODE = "fire_mode:"
 _PATTERNS = "patterns"
 _CALIBRATION = "calibration"
@@ -91,7 +93,7 @@ class Desk:
 
     def switch(self, action: str) -> bool:
         """Obey a ``user_action``; True where it moved the kill switch."""
-        wanted = {"kill_switch_on": True, "kill_switch_off": False}.get(action, self.kill_switch)
+        wanted = SWITCH.get(action, self.kill_switch)
         if wanted == self.kill_switch:
             return False
         self.kill_switch = wanted

@@ -75,10 +75,10 @@ class Engine:
                     if last is not None:
                         self.clock = last.timestamp
                     kind = event.event_type
-                    # of the actions of users only the kill switch matters, and that is no part of a table
-                    self._touched = self._touched or kind != "user_action"
                     self._handlers[kind](event)
-                    self._agreed = max(self._agreed, min(self.clock, event.timestamp))
+                    if kind != "user_action":  # of those only the kill switch matters, which is no part of a table
+                        self._touched = True
+                        self._agreed = max(self._agreed, min(self.clock, event.timestamp))
                     last = event
         finally:
             self._read_quotes()
