@@ -419,6 +419,17 @@ def test_a_conflict_broken_connections_and_429_are_waited_out_ever_longer() -> N
     assert 30 + 30 + 4 + 8 + 16 + 32 + 90 <= times[0] < 300
 
 
+def test_a_server_that_does_not_wait_is_not_asked_in_a_frenzy() -> None:
+    async def script(server: Any, listener: Listener) -> None:
+        clock = asyncio.get_running_loop().time
+        server.polls.extend([{"ok": True, "result": []}] * 50)
+        begun = clock()
+        await until(lambda: not server.polls, "all empty answers")
+        assert 49 <= clock() - begun < 60
+
+    listening(PEOPLE, script)
+
+
 def test_a_refused_token_ends_the_listening_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     async def script(server: Any, listener: Listener) -> None:
         server.polls.append(UNAUTHORIZED)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 import json
+import logging
 import shutil
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,9 +29,10 @@ from bus_support import wait_until
 from tapebus.errors import ConfigError
 from tapebus.testing import RecordingContext
 from tapebus_telegram import transport as transport_module
+from tapebus_telegram.listening import Listener
 from tapebus_telegram.relay import Relay
 from tapebus_telegram.secret import Secret
-from tapebus_telegram.settings import load
+from tapebus_telegram.settings import Commands, load
 from tapebus_telegram.transport import Answer, BotTransport, require_library
 from telegram_support import TOKEN, ids, signals
 
@@ -361,3 +364,30 @@ def test_a_second_implementation_of_the_bot_api_takes_messages_and_edits(second_
     taken = [(int(each["message"]["chat_id"]), each["message"]["text"].split("\n")[-1]) for each in history]
     assert sorted(taken) == [(chat, f"<code>S-{n}</code>") for chat in (7, 8) for n in (1, 2)]
     assert {each["message"]["parse_mode"] for each in history} == {"HTML"}
+
+
+@pytest.mark.slow
+def test_a_second_implementation_of_the_bot_api_hands_commands_over_until_they_are_settled(second_server: str) -> None:
+    person = {"id": 11, "first_name": "P", "username": "p", "is_bot": False}
+    chat = {"id": 11, "first_name": "P", "type": "private"}
+    for text in ("/pause", "hello", "/help"):
+        said = {"botToken": TOKEN, "from": person, "chat": chat, "date": int(time.time()), "text": text}
+        assert httpx.post(f"{second_server}/sendMessage", json=said, timeout=30).json()["ok"]
+    listener = Listener(Commands(users=(11,)), {"/pause", "/help"}, [], 0, 0.0, logging.getLogger("tapebus.telegram"))
+
+    async def hear() -> list[Any]:
+        api = BotTransport(second_server, Secret(TOKEN))
+        task = asyncio.create_task(listener.listen(api))
+        found: list[Any] = []
+        while len(found) < 2:
+            found.append(await asyncio.to_thread(listener.inbox.get, timeout=30))
+        listener.settle(found[-1].update_id)
+        await asyncio.sleep(1.5)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await api.close()
+        return found
+
+    said = asyncio.run(hear())
+    assert [each.text for each in said] == ["/pause", "/help"] and listener.inbox.empty()
+    assert listener.ignored == {"no_command": 1} and not listener.trouble

@@ -22,6 +22,8 @@ from tapebus_telegram.settings import Commands
 from tapebus_telegram.transport import Answer, Transport
 
 BACKOFF_S, BACKOFF_MAX_S = 1.0, 60.0
+#: Least time between two questions that bring nothing: not every server waits as long as it is asked to.
+LEAST_S = 1.0
 #: Another program that reads this bot's updates does not go away by asking again at once.
 CONFLICT_S = 30.0
 #: Seconds to wait for what was heard to become durable before Telegram is asked for it again.
@@ -117,11 +119,14 @@ class Listener:
         """Hear until cancelled, or until the token is refused."""
         self._loop = asyncio.get_running_loop()
         while True:
+            begun = self._loop.time()
             try:
                 answer = await self._ask(api)
                 if answer.ok:
                     self._failures, self.trouble = 0, ""
                     await self._take(answer.result)
+                    if not answer.result:
+                        await asyncio.sleep(max(0.0, LEAST_S - (self._loop.time() - begun)))
                     continue
             except Exception as error:
                 # only the class: an error of the HTTP client may hold the address, and the address the token
