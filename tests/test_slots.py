@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 import tapebus_slots
-from slots_support import UUID, Terminal, position
+from slots_support import T0, UUID, Terminal, position
 from tapebus.errors import ConfigError
 
 
@@ -210,3 +211,153 @@ def test_a_wrong_key_is_named():
         Terminal(max_slot=3)
     with pytest.raises(ConfigError, match="confidence_band"):
         Terminal(confidence_band=[89.0, 80.0])
+
+
+def witnesses(terminal, key):
+    table = terminal.table
+    return table.witnesses_of(table.slots[key], terminal.now)
+
+
+def test_each_witness_says_what_it_believes_with_its_weight_time_and_events():
+    terminal = Terminal(balance_jump=100.0)
+    positions = terminal.opened(2)
+    terminal.heartbeat(positions, balance=10_000.0)
+    terminal.heartbeat(positions[:1], balance=10_250.0)
+    found = {name: (w.believes, w.weight, w.says, w.evidence) for name, w in witnesses(terminal, "f1").items()}
+    assert found == {
+        "status": ("held", "strong", "filled", [3, 4]),
+        "tickets": ("gone", "snapshot", "absent from 1 of 2 complete lists", [6]),
+        "count": ("gone", "weak", "counts 1, 2 held", [6]),
+        "balance": ("unsure", "weak", "moved by +250.00", [6]),
+        "age": ("held", "weak", "since 1m02s", [4]),
+    }
+    assert witnesses(terminal, "f1")["tickets"].at == terminal.now
+    terminal.now += 5 * 3600
+    terminal.bench.tick(terminal.now)
+    assert witnesses(terminal, "f0")["age"].believes == "unsure"
+
+
+def test_a_contradiction_is_told_before_the_release_and_the_release_carries_what_each_witness_said():
+    terminal = Terminal()
+    positions = terminal.opened(1)
+    terminal.heartbeat(positions)
+    terminal.heartbeat([])
+    (alert,) = terminal.alerts("slots_disagree")
+    assert alert["state"] == "raised" and alert["severity"] == "warning"
+    assert "fire status says held (filled @2); ticket list says gone (absent from 1 of 2" in alert["message"]
+    assert "disagreement:f0" in terminal.emitted("reconcile_requested")[-1]["reasons"]
+    health = tapebus_slots.tapebus_health(context=terminal.bench.context)
+    assert health == {"status": "degraded", "message": "user default: witnesses disagree about f0"}
+    terminal.heartbeat([])
+    (released,) = terminal.emitted("slot_released")
+    assert released["evidence"] == [
+        "snapshot@4",
+        "snapshot@5",
+        "status:held:filled@2",
+        "tickets:gone:absent from 2 of 2 complete lists@5",
+        "count:gone:counts 0, 1 held@5",
+        "balance:held:10,000.00, no move unanswered@5",
+    ]
+    assert [each["state"] for each in terminal.alerts("slots_disagree")] == ["raised", "cleared"]
+
+
+def test_a_count_below_what_is_held_contradicts_the_fills_and_a_complete_list_settles_it():
+    terminal = Terminal()
+    positions = terminal.opened(3)
+    terminal.now += 30
+    terminal.heartbeat(positions[:1], count=2)
+    (alert,) = terminal.alerts("slots_disagree")
+    assert all(f"slot f{n}" in alert["message"] and "EA count says gone" in alert["message"] for n in range(3))
+    terminal.heartbeat(positions)
+    assert [each["state"] for each in terminal.alerts("slots_disagree")] == ["raised", "cleared"]
+    assert terminal.metrics() == "3/10"
+
+
+def test_a_reconciliation_is_asked_for_once_and_again_after_it_was_answered():
+    terminal = Terminal()
+    positions = terminal.opened(1)
+    for balance in (10_000.0, 11_000.0, 12_000.0):
+        terminal.send("balance_update", {"account_number": "1", "balance": balance, "equity": balance})
+    assert len(terminal.emitted("reconcile_requested")) == 1
+    terminal.heartbeat(positions, balance=12_000.0)
+    assert not terminal.table.reconcile
+    terminal.send("balance_update", {"account_number": "1", "balance": 9e3, "equity": 9e3})
+    assert [each["reasons"] for each in terminal.emitted("reconcile_requested")] == [
+        ["balance_jump:+1000.00"],
+        ["balance_jump:-3000.00"],
+    ]
+
+
+def test_a_balance_belongs_to_the_account_whose_number_it_names():
+    terminal = Terminal()
+    terminal.heartbeat([], balance=1_000.0, account_number="7")
+    terminal.heartbeat([], balance=2_000.0, account_number="8", target_uuid="EA2")
+    for number, balance in (("8", 2_500.0), ("9", 1.0)):
+        terminal.send("balance_update", {"account_number": number, "balance": balance, "equity": balance})
+    assert {name: view.balance for name, view in terminal.table.accounts.items()} == {UUID: 1_000.0, "EA2": 2_500.0}
+
+
+def test_a_heartbeat_of_a_clock_that_is_ahead_does_not_mute_those_after_it():
+    terminal = Terminal()
+    positions = terminal.opened(1)
+    ahead = {"target_uuid": UUID, "balance": 1e4, "equity": 1e4, "open_positions": 1, "positions": positions}
+    terminal.bench.feed([terminal.bench.event("ea_heartbeat", terminal.now + 7200, ahead)])
+    terminal.fire("f1")
+    terminal.heartbeat(positions)
+    terminal.heartbeat([])
+    terminal.heartbeat([])
+    assert [each["fire_id"] for each in terminal.emitted("slot_released")] == ["f0"]
+
+
+def test_only_what_changed_is_written_and_the_lists_of_the_past_line_by_line():
+    terminal = Terminal()
+    terminal.opened(3)
+    for n in range(3):
+        terminal.close(100 + n, fire_id=f"f{n}")
+    state = terminal.bench.context.state
+    assert sorted(key for key in state if key.startswith("ended:")) == [f"ended:default:f{n}" for n in range(3)]
+    before = dict(state)
+    terminal.fire("m", mode="MANUAL")
+    assert state == before
+    terminal.fire("f3")
+    assert [key for key in state if state[key] is not before.get(key)] == ["table:default"]
+    terminal.bench.restart()
+    terminal.answer("f1", "FILLED", ticket=101)
+    assert terminal.metrics() == "1/10"
+
+
+def test_no_more_than_a_thousand_ended_fires_are_remembered_also_on_disk():
+    terminal = Terminal()
+    for n in range(1_030):
+        terminal.fire(f"f{n}")
+        terminal.answer(f"f{n}", "REJECTED")
+    lines = [key for key in terminal.bench.context.state if key.startswith("ended:")]
+    assert len(lines) == len(terminal.table.ended) == 1_024
+    assert "ended:default:f5" not in lines and "ended:default:f1029" in lines
+
+
+def test_tables_of_an_earlier_version_are_read_and_their_past_is_kept():
+    old = {
+        "user_id": "default",
+        "maximum": 10,
+        "slots": {"f1": {"key": "f1", "state": "OPEN", "since": T0, "symbol": "EURUSD", "direction": "BUY"}},
+        "accounts": {UUID: {"balance": 1.0, "heartbeat_at": T0}},
+        "ended": {"f0": ["position_closed", T0]},
+        "fired": {"S1": T0},
+        "witnesses": ["silence"],
+        "reconcile": True,
+        "asked": True,
+        "over_limit": False,
+    }
+    old["slots"]["f1"] |= {"fire_id": "f1", "ticket": 7, "lots": 0.1, "missing": ["snapshot@3"], "witnesses": ["age"]}
+    terminal = Terminal()
+    terminal.bench.context.state["table:default"] = msgspec.msgpack.encode(old)
+    for _ in range(2):
+        terminal.bench.restart()
+        terminal.answer("f0", "FILLED", ticket=5)
+        assert terminal.metrics() == "1/10"
+    assert terminal.table.fired == {"S1": T0}
+    terminal.close(7, fire_id="f1")
+    assert terminal.metrics() == "1/10"
+    terminal.answer("f1", "CLOSED_TP")
+    assert terminal.metrics() == "0/10"

@@ -271,7 +271,7 @@ def partly_filled(t):
 def part_before_adoption(t):
     """The terminal's list shows what a partial close left; the report of that close comes later."""
     beat(t, [position(7, volume=0.05)])
-    t.now -= 20
+    t.now -= 3
     t.close(7, volume=0.05)
 
 
@@ -302,6 +302,58 @@ def late_list_of_a_closed_position(t):
     t.opened(1)
     t.close(100, fire_id="f0")
     beat(t, [position(100)], after=1)
+    assert len(t.emitted("slot_opened")) == 1
+
+
+def refused_while_open_without_ticket(t):
+    t.fire("f0")
+    t.answer("f0", "FILLED")
+    t.answer("f0", "REJECTED")
+
+
+def list_from_before_the_order(t):
+    """A position that was there before the order went out is not what became of it."""
+    t.fire("f0")
+    t.now -= 20
+    beat(t, [position(7)], after=10)
+    assert t.table.slots["f0"].ticket is None
+
+
+def late_message_turns_no_clock_back(t):
+    """A message that waited for an hour must not make lists of that hour count as news."""
+    beat(t, t.opened(1), after=4_000)
+    t.fire("f1", "XAUUSD")
+    now = t.now
+    t.now -= 3_000
+    t.send("balance_update", {"account_number": "1", "balance": 1e4, "equity": 1e4})
+    beat(t, [], 2, after=100)
+    t.now = now
+
+
+def close_of_an_unlisted_position(t):
+    """The broker's count is only lowered by a close of what the list behind it had."""
+    positions = t.opened(2)
+    beat(t, positions[:1], count=5)
+    t.close(101, fire_id="f1")
+
+
+def guess_corrected(t):
+    """A position opened by hand looked like the order; the confirmation names another ticket."""
+    t.fire("f0")
+    beat(t, [position(7, open_price=1.2)])
+    t.answer("f0", "FILLED", ticket=8, price=1.3)
+    assert {slot.ticket: key for key, slot in t.table.slots.items()} == {7: "ticket-7", 8: "f0"}
+
+
+def guess_of_the_wrong_order(t):
+    """Two equal orders, one position: the confirmation says whose it is, the other is in doubt again."""
+    t.fire("f0")
+    t.fire("f1")
+    beat(t, [position(7)])
+    t.answer("f1", "FILLED", ticket=7)
+    assert [t.table.slots[key].state for key in ("f0", "f1")] == ["UNKNOWN", "OPEN"]
+    t.now += 1
+    beat(t, [position(7)], 2)
 
 
 def requote(t):
@@ -328,6 +380,14 @@ RULES = [
     Story("the account that held it says it", known_account_of_two, "0/10", ["snapshot"]),
     Story("an order of unknown account is sought in all", unknown_account_of_two, "0/10", ["snapshot"]),
     Story("a refusal does not close an open position", refused_while_open, "1/10"),
+    Story("a refusal does not close what was filled without a ticket", refused_while_open_without_ticket, "1/10"),
+    Story("a list from before the order says nothing of it", list_from_before_the_order, "2/10"),
+    Story("a late message turns no clock back", late_message_turns_no_clock_back, "2/10"),
+    Story(
+        "a close of an unlisted position leaves the count", close_of_an_unlisted_position, "5/10", ["position_closed"]
+    ),
+    Story("a guess is corrected by the confirmation", guess_corrected, "2/10"),
+    Story("of two equal orders the confirmed one holds it", guess_of_the_wrong_order, "1/10", ["snapshot"]),
     Story("a refusal with a ticket is a doubt", refused_with_ticket, "1/10"),
     Story("a fill after a refusal opens", refused_before_filled, "1/10", ["rejected"]),
     Story("a fill after the order was given up opens", given_up_then_carried_out, "1/10", ["snapshot"]),

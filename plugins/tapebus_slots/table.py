@@ -21,6 +21,8 @@ from tapebus_slots.witnesses import SNAPSHOTS_TO_SETTLE, dispute, testimony, wit
 
 #: Finished fires and fired signals remembered, oldest forgotten first.
 REMEMBERED = 1024
+#: A heartbeat this many seconds ahead of everything else was stamped by a wrong clock; less may be late messages.
+AHEAD_S = 900.0
 #: Reasons for a reconciliation, former tickets and close reports kept at most.
 KEPT = 8
 
@@ -74,6 +76,12 @@ class SlotTable(Struct):
         if slot.account is not None:
             return self.accounts.get(slot.account)
         return next(iter(self.accounts.values())) if len(self.accounts) == 1 else None
+
+    def _account(self, name: str) -> AccountView:
+        """The account called `name`; what was told of one without a name is taken to be of the first that has one."""
+        if name not in self.accounts:
+            self.accounts[name] = self.accounts.pop("", AccountView())
+        return self.accounts[name]
 
     def witnesses_of(self, slot: Slot, now: float) -> dict[str, Witness]:
         """What each witness says of `slot`."""
@@ -257,10 +265,8 @@ class SlotTable(Struct):
         snapshot before its absence means anything, and that lie between two proofs (what waited somewhere arrives
         in one go).
         """
-        if snapshot.account not in self.accounts:
-            self.accounts[snapshot.account] = self.accounts.pop("", AccountView())
-        view = self.accounts[snapshot.account]
-        if view.heartbeat_at is not None and view.heartbeat_at > latest + max_age:
+        view = self._account(snapshot.account)
+        if view.heartbeat_at is not None and view.heartbeat_at > latest + AHEAD_S:
             view.heartbeat_at = None  # stamped by a clock that was ahead: it must not mute the heartbeats after it
         if snapshot.at < now - max_age or (view.heartbeat_at is not None and snapshot.at <= view.heartbeat_at):
             return []
@@ -376,7 +382,7 @@ class SlotTable(Struct):
         self, account: str, balance: float, equity: float | None, jump: float, at: float = 0.0, seq: int = 0
     ) -> None:
         """New account figures; a move of at least `jump` with slots held is a witness (deposits move it too)."""
-        view = self.accounts.setdefault(account, AccountView())
+        view = self._account(account)
         before, view.balance = view.balance, balance
         view.balance_at, view.balance_seq = at, seq
         view.equity = equity if equity is not None else view.equity
