@@ -53,6 +53,10 @@ def test_sixteen_broker_positions_close_the_gate_and_show_sixteen_of_ten():
     (alert,) = terminal.alerts("slots_over_limit")
     assert (alert["state"], alert["severity"]) == ("raised", "critical")
     assert tapebus_slots.tapebus_health(context=terminal.bench.context)["status"] == "degraded"
+    signal = {"signal_id": "S", "symbol": "GBPUSD", "direction": "BUY", "confidence": 85.0, "pattern_type": "P"}
+    terminal.send("signal_generated", signal)
+    (verdict,) = terminal.emitted("gate_verdict")
+    assert "over_limit" in verdict["reasons"] and verdict["slots_used"] == 16
     terminal.heartbeat([])
     terminal.heartbeat([])
     assert terminal.metrics() == "0/10"
