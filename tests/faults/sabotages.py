@@ -197,4 +197,30 @@ SABOTAGES = [
         "    if sl is not None and stop and not target:\n",
         ["tests/test_outcomes_bars.py"],
     ),
+    Sabotage(
+        "telegram-counts-departures",
+        "the relay counts a call against the limits when it leaves, not when it is over",
+        "plugins/tapebus_telegram/sender.py",
+        "            try:\n                answer = await self.transport.call(method, payload)\n            finally:\n"
+        "                self._limits.take(chat, self._clock())\n",
+        "            self._limits.take(chat, self._clock())\n"
+        "            answer = await self.transport.call(method, payload)\n",
+        ["tests/test_telegram_sender.py"],
+    ),
+    Sabotage(
+        "telegram-forgets-its-calls",
+        "a relay that starts again begins with limits of which nothing is used up",
+        "plugins/tapebus_telegram/sender.py",
+        "            self._limits.take(call.chat, now - max(-LATE_S, wall - call.at))\n",
+        "            pass\n",
+        ["tests/test_telegram_sender.py"],
+    ),
+    Sabotage(
+        "telegram-forgets-what-it-sent",
+        "a message that left before its state was saved is sent again",
+        "plugins/tapebus_telegram/sender.py",
+        "                self.journal.over(chat, self._wall(), sent)\n",
+        "                self.journal.over(chat, self._wall())\n",
+        ["tests/test_telegram_sender.py"],
+    ),
 ]
