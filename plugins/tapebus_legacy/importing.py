@@ -16,9 +16,8 @@ from typing import Any
 import msgspec
 
 from tapebus import Publisher
-from tapebus.cli.common import open_tape, publisher
+from tapebus.cli.common import need_bus, open_tape, publisher
 from tapebus.config import Config
-from tapebus.control import request
 from tapebus.errors import BusNotRunning, StoreError, TapebusError, UsageError
 from tapebus.plugins import load, registry
 from tapebus.replay import Recorded, replay
@@ -153,7 +152,7 @@ class Import:
     def _connected(self, place: Path, endpoint: str | None) -> Iterator[Publisher]:
         """A publisher behind which nothing of an import that was killed is still on its way."""
         if not endpoint:
-            request(self.config, {"cmd": "stats"})  # says at once that no bus runs
+            need_bus(self.config)
         with publisher(self.config, SOURCE, endpoint, spool="crash", spool_dir=place) as pub:
             self.progress("finishing an interrupted import" if pub.stats()["adopted"] else "connecting", 0.0)
             if not pub.flush(PATIENCE_S):

@@ -15,7 +15,7 @@ from tapebus_outcomes import words
 from tapebus_outcomes.chain import follow, nearest
 from tapebus_outcomes.explain import Step, Story, Way, tell
 
-_AT = 58  # the column where words begin
+_AT = 59  # the column where words begin
 
 
 @click.command(short_help="Tell the whole way of one signal, with the step that is missing.")
@@ -59,7 +59,7 @@ def lines(story: Story) -> Iterator[str]:
     if any(levels.values()):
         yield "  ".join(f"{name} {words.figure(value)}" for name, value in levels.items() if value)
     yield ""
-    yield click.style(f"{'bus_seq':>9}  {'event time (UTC)':<23} {'after':>11} {'to the bus':>10}", dim=True)
+    yield click.style(f"{'bus_seq':>9}  {'event time (UTC)':<23} {'after':>11} {'to the bus':>11}", dim=True)
     yield from _section(story.birth)
     for number, way in enumerate(story.ways):
         if number or story.birth:
@@ -87,7 +87,7 @@ def _section(steps: Sequence[Step]) -> Iterator[str]:
         time = f"{clock(step.at)}.{int(step.at % 1 * 1000):03d}"
         after = "" if step.after_s is None else _signed(step.after_s)
         late = _signed(step.received_at - step.at) if step.received_at else ""
-        head = f"{step.bus_seq:>9}  {time:<23} {after:>11} {late:>10}"
+        head = f"{step.bus_seq:>9}  {time:<23} {after:>11} {late:>11}"
         colour = _COLOURS.get(step.text.split(":")[0].split(" for ")[0])
         for number, part in enumerate(textwrap.wrap(visible(step.text), WIDTH - _AT, break_long_words=True)):
             yield (head if number == 0 else "").ljust(_AT) + click.style(part, fg=colour)

@@ -119,6 +119,13 @@ def open_tape(config: Config) -> Tape:
     return Tape.open(config.data_dir, plugins=[*chosen, *others])
 
 
+def need_bus(config: Config) -> None:
+    """Raise `BusNotRunning` where no bus runs on the configured data directory."""
+    from tapebus.control import request
+
+    request(config, {"cmd": "stats"})
+
+
 def publisher(config: Config, source: str, endpoint: str | None, key: str | None = None, **options: Any) -> Publisher:
     """A publisher for the bus of `config`, found at `endpoint` where one is given; `key` is a secret key file."""
     import os
