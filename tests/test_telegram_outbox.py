@@ -97,6 +97,15 @@ def test_the_message_on_its_way_is_never_the_one_that_is_dropped() -> None:
     assert [each.bus_seq for each in box.entries()] == [1, 4]
 
 
+def test_an_outage_of_any_length_takes_no_more_room_than_the_queue() -> None:
+    box = Outbox({}, 50, 10)
+    box.add(entry(1, priority=3))
+    for seq in range(2, 5000):
+        box.add(entry(seq, priority=1))
+    assert box.waiting == 50
+    assert max(len(box._lowest), len(box._heads[1]), len(box._arrival), len(box._numbers)) <= 202
+
+
 def test_finished_messages_are_kept_as_far_as_asked_and_readable_from_the_saved_state() -> None:
     state: dict[str, bytes] = {}
     box = Outbox(state, 100, 3)

@@ -233,9 +233,14 @@ class Outbox:
             self.counts[f"{status}.{note.replace(' ', '_')}"] += 1
         self._dirty[f"{_DONE}{self._finished % self._keep}"] = entry
         self._note_finished(self._finished, entry)
-        if len(self._lowest) > 2 * len(self._queue) + 1000:
-            self._lowest = [item for item in self._lowest if self._waits(item)]
-            heapq.heapify(self._lowest)
+        self._sweep(self._lowest)
+        self._sweep(self._heads.get(entry.chat, []))
+
+    def _sweep(self, heap: list[tuple[int, int, str]]) -> None:
+        """Forget what has left the queue, before it is more than what is in it."""
+        if len(heap) > 2 * len(self._queue) + 100:
+            heap[:] = [item for item in heap if self._waits(item)]
+            heapq.heapify(heap)
 
     def _note_finished(self, number: int, entry: Entry) -> None:
         self._done[number] = entry
