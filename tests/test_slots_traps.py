@@ -345,6 +345,22 @@ def guess_corrected(t):
     assert {slot.ticket: key for key, slot in t.table.slots.items()} == {7: "ticket-7", 8: "f0"}
 
 
+def guess_closed(t):
+    t.fire("f0")
+    beat(t, [position(7)])
+    t.close(7)
+    assert t.table.slots["f0"].state == "UNKNOWN"
+
+
+def guess_named(t):
+    t.fire("f0")
+    beat(t, [position(7)])
+    t.close(7, volume=0.05)
+    beat(t, [position(7, volume=0.05), position(8, comment="f0")])
+    t.close(8, volume=0.05)
+    assert {slot.ticket for slot in t.table.slots.values()} == {7, 8}
+
+
 def guess_of_the_wrong_order(t):
     """Two equal orders, one position: the confirmation says whose it is, the other is in doubt again."""
     t.fire("f0")
@@ -388,6 +404,8 @@ RULES = [
     ),
     Story("a guess is corrected by the confirmation", guess_corrected, "2/10"),
     Story("of two equal orders the confirmed one holds it", guess_of_the_wrong_order, "1/10", ["snapshot"]),
+    Story("the close of what was taken for an order leaves the order", guess_closed, "1/10", ["position_closed"]),
+    Story("a list that names the order takes it from what it was taken for", guess_named, "2/10"),
     Story("a refusal with a ticket is a doubt", refused_with_ticket, "1/10"),
     Story("a fill after a refusal opens", refused_before_filled, "1/10", ["rejected"]),
     Story("a fill after the order was given up opens", given_up_then_carried_out, "1/10", ["snapshot"]),

@@ -111,7 +111,7 @@ class Slot(Struct, omit_defaults=True):
     @property
     def guessed(self) -> bool:
         """Whether only its likeness to the order made a list's position that of this fire."""
-        return self.guess and self.ticket is not None
+        return self.guess and self.ticket is not None and self.fire_id is not None
 
     def unlike(self, filled: Slot) -> bool:
         """Whether the position this slot was taken for is not the one that was `filled`: another price, or ticket.
@@ -128,7 +128,7 @@ class Slot(Struct, omit_defaults=True):
         for name in _POSITION:
             setattr(self, name, None)
         self.ticket, self.former_tickets = (former[-1], former[:-1]) if former else (None, [])
-        self.listings, self.lots, self.guess = 0, self.opened_lots, False
+        self.listings, self.lots, self.guess, self.closes = 0, self.opened_lots, False, {}
 
     def take_position(self, other: Slot) -> None:
         """Hold the position that `other` was taken to hold."""

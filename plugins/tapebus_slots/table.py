@@ -165,6 +165,12 @@ class SlotTable(Struct):
             return []
         return [] if ticket in slot.former_tickets and not whole else self._leave(slot)
 
+    def part(self, slot: Slot, at: float) -> list[Change]:
+        """The order of `slot` and the position it was taken for go separate ways; the order is in doubt again."""
+        changes = self._leave(slot)
+        self.doubt(slot, "position of another", at)
+        return changes
+
     def _take_over(self, twin: Slot, held: Slot, at: float) -> list[Change]:
         """The position `twin` was taken for is that of `held`; a `twin` without an order of its own is gone."""
         held.take_position(twin)
@@ -276,6 +282,11 @@ class SlotTable(Struct):
         pairs, strangers = match(mine, snapshot.positions or (), snapshot.at if snapshot.complete else None)
         changes: list[Change] = []
         for each in pairs:
+            if each.named and each.slot.guessed and each.position.ticket != each.slot.ticket:
+                if snapshot.complete:  # which has what it was taken for as well
+                    each.slot.forget_position()
+                else:
+                    changes += self._leave(each.slot)
             each.slot.guess = each.likely or (each.slot.guess and not each.named)
             changes += self._seen(each.slot, each.position, snapshot, again)
         found = {each.slot.key for each in pairs}

@@ -85,7 +85,7 @@ def without_numbers(found: Any) -> Any:
 
 @pytest.mark.timeout(7200)
 def test_a_bus_killed_in_the_middle_of_a_storm_ends_with_the_same_slots(make_bus, size, seed, figures):
-    messages = messages_of(seed, size(12, 60, 200))
+    messages = messages_of(seed, size(60, 500, 2_000))
     emitted, state = run(make_bus(PLUGINS, PATIENT), messages, kills=0)
     kills = size(2, 12, 60)
     assert run(make_bus(PLUGINS, PATIENT), messages, kills) == (emitted, state)
