@@ -53,7 +53,7 @@ def match(slots: Sequence[Slot], positions: Sequence[Position], at: float | None
     slots, positions = list(slots), list(positions)
     for same in _TESTS:
         for position in positions[:]:
-            able = [each for each in slots if same is not _answers or _sent_before(each, at)]
+            able = [each for each in slots if _worth_a_try(same, each, at)]
             slot = next((each for each in able if same(each, position)), None)
             if slot is not None:
                 likely = same in (_cut_comment, _answers) or (same is _same_opening and slot.open_time is None)
@@ -100,8 +100,11 @@ def _answers(slot: Slot, position: Position) -> bool:
     return unnamed and not _contradicts(slot, position) and _may_be(slot, position)
 
 
-def _sent_before(slot: Slot, at: float | None) -> bool:
-    return at is not None and (slot.sent_at is None or slot.sent_at < at)
+def _worth_a_try(same: Callable[[Slot, Position], bool], slot: Slot, at: float | None) -> bool:
+    """Likeness proves nothing where the list may lack the very position, nor before the order was sent."""
+    if same is _answers:
+        return at is not None and (slot.sent_at is None or slot.sent_at < at)
+    return same is not _same_opening or at is not None or slot.open_time is not None
 
 
 def _may_be(slot: Slot, position: Position) -> bool:

@@ -149,7 +149,7 @@ class SlotTable(Struct):
         """The position `held` was taken for is another's: it gets a slot of its own name."""
         key = f"ticket-{held.ticket}"
         other = replace(held, key=key, fire_id=None, signal_id=None, status=None, announced=False, closes={})
-        other.opened_lots, other.measured_at = held.lots, held.listed_at
+        other.opened_lots, other.measured_at, other.former_tickets = held.lots, held.listed_at, []
         held.forget_position()
         if key in self.slots:
             return []
