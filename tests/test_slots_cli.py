@@ -18,7 +18,8 @@ KINDS = dict(zip(("fire", "confirmation", "heartbeat", "position_closed"), TOPIC
 
 
 def shown(capsys, bus, *arguments):
-    assert main(["slots", "--config", str(bus.config_file), *arguments]) == 0
+    # not by its configuration file: the commands of this process are those of the plugins the first one enables
+    assert main(["slots", "--data-dir", str(bus.data_dir), *arguments]) == 0
     return capsys.readouterr().out
 
 
