@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import click
@@ -35,10 +36,16 @@ def slots(config: Config, user: str | None, released: bool, as_json: bool) -> No
     """
     table = config.plugin("slots")
     settings = configuration.load(table)
-    wanted = [user] if user is not None else [settings.user_id] if not settings.users else list(settings.users)
-    empty = {each: configuration.for_user(table, settings, each).max_slots for each in wanted}
+
+    def maxima(users: Iterable[str]) -> dict[str, int]:
+        return {each: configuration.for_user(table, settings, each).max_slots for each in users}
+
     with open_tape(config) as tape:
-        found = report(tape.state("slots"), time.time(), settings.heartbeat_max_age_s, empty)
+        state, now = tape.state("slots"), time.time()
+    wanted = settings.users if user is None else [user]
+    found = report(state, now, settings.heartbeat_max_age_s, maxima(wanted))
+    if not found["users"]:
+        found = report(state, now, settings.heartbeat_max_age_s, maxima([settings.user_id]))
     found["users"] = [each for each in found["users"] if user is None or each["user_id"] == user]
     if as_json:
         click.echo(json.dumps(found))
