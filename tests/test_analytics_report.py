@@ -156,12 +156,20 @@ def test_without_a_loss_there_is_no_profit_factor_and_no_drawdown() -> None:
     assert (row["profit_factor"], row["max_drawdown_r"], row["sqn"]) == (None, 0.0, None)
 
 
-def test_breakeven_is_that_of_the_mean_reward_of_the_signals_own() -> None:
+def test_breakeven_is_the_mean_of_what_each_trade_needs() -> None:
     mixed = [payload(i, "P", "LOSS", risk_reward=1.0 if i % 2 else 3.0) for i in range(10)]
-    assert reported(mixed)["patterns"]["P"]["breakeven"] == pytest.approx(33.3)
+    assert reported(mixed)["patterns"]["P"]["breakeven"] == pytest.approx(37.5)
     assert reported(mixed, config=Config(breakeven=0.6))["patterns"]["P"]["breakeven"] == 60.0
     unknown = reported([payload(i, "P", "WIN", risk_reward=None) for i in range(10)])["patterns"]["P"]
     assert (unknown["breakeven"], unknown["p_value"]) == (None, None)
+
+
+def test_one_absurd_reward_does_not_prove_the_others_good() -> None:
+    fair = [payload(i, "P", "WIN" if i % 5 < 2 else "LOSS", risk_reward=1.5) for i in range(500)]
+    absurd = payload(500, "P", "LOSS", risk_reward=5000.0)
+    row = reported([*fair, absurd])["patterns"]["P"]
+    assert row["breakeven"] == pytest.approx(39.9)
+    assert row["verdict"] is None
 
 
 def test_a_log_without_prices_counts_what_a_target_or_a_stop_pays() -> None:

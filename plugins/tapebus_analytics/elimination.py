@@ -26,15 +26,15 @@ _QUARTILE = -0.6745
 class Trial(Struct):
     """What a pattern has shown since its last trial ended; repeats and undecided trades are not in it.
 
-    ``tested`` and ``tested_wins`` count the trades whose own breakeven is known, ``log_null`` is the log probability of
-    their results if each had won just as often as it must.
+    ``tested`` and ``tested_wins`` count the trades whose own breakeven is known, ``needed`` is the sum of these (the
+    wins it takes), ``log_null`` the log probability of their results if each had won just as often as it must.
     """
 
     n: int = 0
     wins: int = 0
     tested: int = 0
     tested_wins: int = 0
-    rewards: float = 0.0
+    needed: float = 0.0
     log_null: float = 0.0
 
     def add(self, win: bool, reward_risk: float | None, fixed: float | None) -> None:
@@ -48,13 +48,13 @@ class Trial(Struct):
         p = min(max(p, _LEAST), 1 - _LEAST)
         self.tested += 1
         self.tested_wins += win
-        self.rewards += 1 / p - 1
+        self.needed += p
         self.log_null += log_null(int(win), 1, p)
 
     @property
     def breakeven(self) -> float | None:
-        """The win rate at which the mean reward:risk of these trades earns nothing."""
-        return 1 / (1 + self.rewards / self.tested) if self.tested else None
+        """The mean of the trades' own breakevens: one absurd reward cannot lower it for all the others."""
+        return self.needed / self.tested if self.tested else None
 
     @property
     def log_e(self) -> float:

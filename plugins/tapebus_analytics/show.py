@@ -27,7 +27,7 @@ def report(found: dict[str, Any]) -> None:
         return
     rows: dict[str, dict[str, Any]] = found[plural(found["by"])]
     if rows:
-        console.print(_table(found["by"], rows, found["overall"]))
+        console.print(_table(console, found["by"], rows, found["overall"]))
         _notes(console, found, rows)
     else:
         console.print("no signals in this time and of this source")
@@ -38,22 +38,27 @@ def report(found: dict[str, Any]) -> None:
         console.print(f"[yellow]{_safe(found['recommendation'])}[/]")
 
 
-def _table(by: str, rows: dict[str, dict[str, Any]], overall: dict[str, Any]) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(by.replace("-", " "), max_width=24, overflow="fold")
-    for name in ("won", "rate", "95 %"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("0" + "50".center(BAR - 4) + "100", no_wrap=True)
-    for name in ("even", "R", "PF", "other"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for name, row in rows.items():
-        table.add_row(*_cells(name, row))
-    if len(rows) > 1:
-        table.add_row(*_cells("all", overall), style="bold")
+def _table(console: Console, by: str, rows: dict[str, dict[str, Any]], overall: dict[str, Any]) -> Table:
+    """The rows, and their intervals drawn where the names leave room for that."""
+    for drawn in (True, False):
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        table.add_column(by.replace("-", " "), overflow="fold")
+        for name in ("won", "rate", "95 %"):
+            table.add_column(name, justify="right", no_wrap=True)
+        if drawn:
+            table.add_column("0" + "50".center(BAR - 4) + "100", no_wrap=True)
+        for name in ("even", "R", "PF", "other"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for name, row in rows.items():
+            table.add_row(*_cells(name, row, drawn))
+        if len(rows) > 1:
+            table.add_row(*_cells("all", overall, drawn), style="bold")
+        if console.measure(table, options=console.options.update(max_width=1000)).maximum <= console.width:
+            break
     return table
 
 
-def _cells(name: str, row: dict[str, Any]) -> list[str]:
+def _cells(name: str, row: dict[str, Any], drawn: bool) -> list[str]:
     colour = _COLOURS.get(row.get("verdict") or "", "")
     bar = draw(row["low"], row["high"], row["wr"], row["breakeven"])
     undecided = sum(row[key] for key in UNDECIDED.values())
@@ -62,7 +67,7 @@ def _cells(name: str, row: dict[str, Any]) -> list[str]:
         f"{row['wins']} of {row['n']}",
         f"{row['wr']:.1f}" if row["n"] >= SPEAK_FROM else "",
         f"{row['low']:.0f}-{row['high']:.0f}" if row["n"] else "",
-        f"[{colour}]{bar}[/]" if colour else bar,
+        *([f"[{colour}]{bar}[/]" if colour else bar] if drawn else []),
         "" if row["breakeven"] is None else f"{row['breakeven']:.0f}",
         "" if row["expectancy_r"] is None else f"{row['expectancy_r']:+.2f}",
         "" if row["profit_factor"] is None else f"{row['profit_factor']:.2f}",
