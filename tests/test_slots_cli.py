@@ -116,7 +116,8 @@ def test_slots_are_shown_with_their_witnesses_with_and_without_a_bus(make_bus, c
     text = shown(capsys, bus, "--released", "--user", "u2")
     assert text.startswith("kill switch is on") and "u1" not in text
     assert "user u2: 2/1 slots OVER THE LIMIT" in text
-    assert "RESERVED  g2  EURUSD  BUY  0.1 lots" in text and "\n  g1 " in text and ": rejected\n" in text
+    assert "RESERVED  g2  EURUSD  BUY  0.1 lots" in text and "\n  g1, " in text and ": rejected\n" in text
+    assert "\n    fire status  gone    rejected @" in text
     assert "\x1b" not in text
     assert "user nobody: 0/10 slots\n" in shown(capsys, bus, "--user", "nobody")
 

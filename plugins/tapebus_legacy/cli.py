@@ -6,11 +6,12 @@ import contextlib
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 
 import click
 
-from tapebus.cli.common import WIDTH, cut, json_option, table, visible, with_config
+from tapebus.cli.common import WIDTH, json_option, table, visible, with_config
 from tapebus.config import Config
 from tapebus.errors import TapebusError, UsageError
 from tapebus_legacy.account import FATES, Account
@@ -81,10 +82,11 @@ def show(run: Import, dry_run: bool) -> None:
     """The report for people, at most 100 columns."""
     rows = []
     for account in run.accounts:
-        name = os.path.basename(account.name)
+        every = account.totals
+        rows.append([os.path.basename(account.name), every.total(), *(every[fate] for fate in FATES)])
         for shape, found in account.shapes.items():
-            rows.append([name, shape, found.total(), *(found[fate] for fate in FATES)])
-    table(["file", "shape", "lines", *FATES], rows, empty="no lines")
+            rows.append([f"  {shape}", found.total(), *(found[fate] for fate in FATES)])
+    table(["file, shape", "lines", *FATES], rows, empty="no lines")
     for account in run.accounts:
         _show_one(account)
     count = len(run.made)
@@ -96,7 +98,7 @@ def show(run: Import, dry_run: bool) -> None:
 def _show_one(account: Account) -> None:
     click.echo()
     outcomes = ", ".join(f"{count:,} {name}" for name, count in account.outcomes.most_common())
-    click.echo(cut(visible(f"{account.name}: {outcomes or 'nothing new'}"), WIDTH))
+    _wrapped(f"{account.name}: {outcomes or 'nothing new'}", 2)
     for name, lines in sorted(account.repairs.items(), key=lambda each: -len(each[1])):
         _line("repaired", len(lines), name, lines, REPAIRS[name])
     for fate in ("refused", "conflict", "remark"):
@@ -104,7 +106,7 @@ def _show_one(account: Account) -> None:
             _line(fate, len(found), reason, [line for line, _ in found], min(found)[1])
     if account.left_out:
         names = ", ".join(f"{name} {count:,}" for name, count in account.left_out.most_common())
-        click.echo(cut(visible(f"  fields left out: {names}"), WIDTH))
+        _wrapped(f"  fields left out: {names}", 4)
     if account.blank:
         click.echo(f"  blank     {account.blank:>6,}")
 
@@ -112,9 +114,13 @@ def _show_one(account: Account) -> None:
 def _line(kind: str, count: int, name: str, lines: Sequence[int], words: str) -> None:
     first = ", ".join(str(line) for line in sorted(lines)[:3]) + (", …" if len(lines) > 3 else "")
     where = f"line{'s' * (len(lines) != 1)} {first}"
-    click.echo(cut(visible(f"  {kind:<9} {count:>6,}  {name} ({where})"), WIDTH))
+    _wrapped(f"  {kind:<9} {count:>6,}  {name} ({where})", 20)
     if words and words != name:
-        click.echo(cut(visible(f"{'':<20}{words}"), WIDTH))
+        _wrapped(f"{'':<20}{words}", 20)
+
+
+def _wrapped(text: str, indent: int) -> None:
+    click.echo(textwrap.fill(visible(text), WIDTH, subsequent_indent=" " * indent, break_on_hyphens=False))
 
 
 @contextlib.contextmanager

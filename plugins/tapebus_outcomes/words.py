@@ -125,12 +125,19 @@ def _fill(data: Any, name: str, words: str) -> str:
     return words.format(figure(value)) if value is not None else ""
 
 
+def _lots(data: Any, name: str, before: str = " ") -> str:
+    value = field(data, name)
+    return "" if value is None else f"{before}{figure(value)} lot{'s' * (value != 1)}"
+
+
 def _verdict(data: Any, event: Any) -> str:
     rules = field(data, "rules") or []
     failed = sum(not field(each, "passed") for each in rules)
     who = _user(data, event)
     if field(data, "fire"):
-        return f"gate lets it through{who}:{_fill(data, 'lots', ' {} lots')}{_fill(data, 'risk', ', risk {}')}"
+        risk = field(data, "risk")
+        money = f", risk {risk:,.2f}" if isinstance(risk, int | float) else ""
+        return f"gate lets it through{who}:{_lots(data, 'lots')}{money}"
     return f"gate refuses it{who}: {failed} of {len(rules)} rules failed"
 
 
@@ -142,7 +149,7 @@ def _user(data: Any, event: Any) -> str:
 def _order(data: Any, event: Any) -> str:
     mode = str(field(data, "execution_mode") or "").lower()
     status = str(field(data, "status") or "queued").lower()
-    return f"{mode} order {status}:".lstrip() + _fill(data, "lot", " {} lots") + _fill(data, "direction", " {}")
+    return f"{mode} order {status}:".lstrip() + _lots(data, "lot") + _fill(data, "direction", " {}")
 
 
 def _answered(data: Any, event: Any) -> str:
@@ -151,7 +158,7 @@ def _answered(data: Any, event: Any) -> str:
     ticket = f", ticket {field(data, 'ticket')}" if field(data, "ticket") is not None else ""
     meaning = answer(data)
     if meaning == "filled":
-        return f"trade {kind}: filled{_fill(data, 'volume', ' {} lots')}{price}{ticket}"
+        return f"trade {kind}: filled{_lots(data, 'volume')}{price}{ticket}"
     code = f" (code {field(data, 'retcode')})" if field(data, "retcode") is not None else ""
     if meaning == "refused":
         why = field(data, "message") or field(data, "status") or "no reason given"
@@ -162,7 +169,7 @@ def _answered(data: Any, event: Any) -> str:
 def _closed(data: Any, event: Any) -> str:
     profit = field(data, "profit")
     result = f", result {profit:+,.2f}" if isinstance(profit, int | float) else ""
-    words = f"{_fill(data, 'volume', ', {} lots')}{_fill(data, 'close_price', ' at {}')}{result}"
+    words = f"{_lots(data, 'volume', ', ')}{_fill(data, 'close_price', ' at {}')}{result}"
     return f"position closed: {field(data, 'reason') or 'no reason given'}{words}"
 
 
@@ -179,7 +186,7 @@ def _outcome(data: Any, event: Any) -> str:
     r = field(data, "r")
     parts = [
         f"{r:+.2f} R" if r is not None else "",
-        _fill(data, "pips", "{} pips"),
+        "" if field(data, "pips") is None else f"{field(data, 'pips'):+,.1f} pips",
         _fill(data, "exit_price", "out at {}"),
         f"after {span(field(data, 'duration_s') or 0.0)}" if field(data, "duration_s") else "",
     ]

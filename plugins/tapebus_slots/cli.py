@@ -74,9 +74,19 @@ def _show_user(user: dict[str, Any], released: bool) -> None:
         click.echo("\n  released last" if user["released"] else "\n  nothing released yet")
         for each in user["released"]:
             ticket = f" ticket {each['ticket']}" if each["ticket"] is not None else ""
-            _line(f"  {each['slot']}{ticket} {_ago(each['age_s'])}: {each['method']}")
+            _line(f"  {each['slot']}{ticket}, {_ago(each['age_s'])}: {each['method'].replace('_', ' ')}")
             for proof in each["evidence"]:
-                _line(f"    {proof}")
+                _line(f"    {_proof(proof)}")
+
+
+def _proof(text: str) -> str:
+    """One line of evidence as it is shown of slots that are held; what a witness did not say stays as it is."""
+    name, _, rest = text.partition(":")
+    belief, _, said = rest.partition(":")
+    words, at, places = said.partition("@")
+    if name not in NAMES or not words:
+        return text.replace(":", ": ").replace("@", " @")
+    return f"{NAMES[name]:<12} {belief:<7} {words}{f' @{places}' if at else ''}"
 
 
 def _show_account(account: dict[str, Any]) -> None:
@@ -95,7 +105,7 @@ def _show_account(account: dict[str, Any]) -> None:
 
 
 def _show_slot(slot: dict[str, Any]) -> None:
-    lots = "" if slot["lots"] is None else f"{slot['lots']:g} lots"
+    lots = "" if slot["lots"] is None else f"{slot['lots']:g} lot{'s' * (slot['lots'] != 1)}"
     ticket = "" if slot["ticket"] is None else f"ticket {slot['ticket']}"
     parts = (slot["slot"], slot["symbol"], slot["direction"], lots, span(slot["age_s"]), ticket)
     state = click.style(f"{slot['state']:<9}", fg=_STATES[slot["state"]], bold=True)
