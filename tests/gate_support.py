@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Any
 
 from tapebus_slots.config import Config
@@ -22,6 +23,9 @@ def known(shared: dict[str, Any] | None = None, own: dict[str, Any] | None = Non
 
 
 def view(held: list[Held] | tuple[Held, ...] = (), **more: Any) -> SlotView:
+    """Slots as the gate sees them; of those `used` that `held` does not name, it is known that they risk nothing."""
+    unnamed = max(0, more.get("used", 0) - len(held))
+    held = [*held, *[Held("NZDCAD", "BUY", Decimal(0), Decimal(0))] * unnamed]
     return SlotView(**{"used": len(held), "maximum": 10, "held": held, **more})
 
 

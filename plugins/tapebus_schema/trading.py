@@ -246,8 +246,8 @@ class SymbolSpecification(Struct, frozen=True, gc=False, omit_defaults=True, kw_
     """What a broker says about one of its symbols; it outranks every configured value.
 
     ``stops_level`` and ``freeze_level`` are counted in points, ``tick_value`` is account currency that one tick of one
-    lot costs when it is lost, ``margin`` account currency held per lot. Without ``broker`` the account or terminal
-    tells it, see ``[shared.brokers]``.
+    lot costs when it is lost, ``margin`` account currency held per lot; 0 for either, or for ``volume_limit``, means
+    that the terminal knows none. Without ``broker`` the account or terminal tells it, see ``[shared.brokers]``.
     """
 
     symbol: Symbol
@@ -257,7 +257,7 @@ class SymbolSpecification(Struct, frozen=True, gc=False, omit_defaults=True, kw_
     digits: Annotated[int, Meta(ge=0, le=12)] | None = None
     point: Price | None = None
     tick_size: Price | None = None
-    tick_value: Price | None = None
+    tick_value: Positive | None = None
     contract_size: Price | None = None
     volume_min: Price | None = None
     volume_step: Price | None = None
@@ -265,7 +265,7 @@ class SymbolSpecification(Struct, frozen=True, gc=False, omit_defaults=True, kw_
     volume_limit: Positive | None = None
     stops_level: Positive | None = None
     freeze_level: Positive | None = None
-    margin: Price | None = None
+    margin: Positive | None = None
     pip: Price | None = None
     base: Code | None = None
     quote: Code | None = None

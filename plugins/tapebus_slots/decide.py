@@ -159,8 +159,14 @@ def account_of(table: SlotTable) -> Account | None:
     oldest = min(beats) if beats else None
     if not views:
         return Account(heartbeat_at=oldest) if beats else None
-    poorest = min(views, key=lambda view: view.balance or 0.0)
+    poorest = min(views, key=_base)
     return Account(poorest.balance, poorest.equity, oldest, poorest.free_margin, poorest.currency)
+
+
+def _base(view: AccountView) -> float:
+    """What risk is a share of: the smaller of balance and equity."""
+    balance = view.balance or 0.0
+    return balance if view.equity is None else min(balance, view.equity)
 
 
 def slot_view(table: SlotTable, quotes: Mapping[str, Quote], now: float, config: Config, known: Known) -> SlotView:

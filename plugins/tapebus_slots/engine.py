@@ -107,7 +107,8 @@ class Engine:
     def on_fire(self, event: Any) -> None:
         data = event.data
         status = (get(data, "status") or "queued").lower()
-        table = self._holder(data) or self.table(self.user(event))
+        known = event.user_id or get(data, "user_id") or get(data, "target_uuid") in self.users
+        table = self.table(self.user(event)) if known else self._holder(event)
         self._bind(get(data, "target_uuid"), table)
         if read(status, None) not in ("pending", "filled", "already"):
             self._answer(table, event)
@@ -130,7 +131,7 @@ class Engine:
 
     def on_executed(self, event: Any) -> None:
         data = event.data
-        table = self._holder(data) or self.table(self.user(event))
+        table = self._holder(event)
         self._bind(get(data, "target_uuid"), table)
         balance = get(data, "balance")
         if balance is not None:
@@ -189,7 +190,7 @@ class Engine:
 
     def on_closed(self, event: Any) -> None:
         data = event.data
-        table = self._holder(data) or self.table(self.user(event))
+        table = self._holder(event)
         slot = table.find(get(data, "fire_id"), get(data, "ticket"), get(data, "position_id"))
         grace = self.config_of(table.user_id).snapshot_grace_s
         close = _close(event)
@@ -267,15 +268,21 @@ class Engine:
     def config_of(self, user: str) -> configuration.Config:
         return self.decider.config_of(user)
 
-    def _holder(self, data: Any) -> SlotTable | None:
-        """The table that already holds what `data` talks about."""
+    def _holder(self, event: Any) -> SlotTable:
+        """The table that holds what `event` talks about, else that of its user.
+
+        Fires of two users may have one id, for copied signals have: that of the event's own user comes first, and
+        what one terminal holds is nothing that another speaks of.
+        """
+        data = event.data
         key = (get(data, "fire_id"), get(data, "ticket") or None, get(data, "position_id"))
         uuid = get(data, "target_uuid")
-        for table in self.tables.values():
+        user = self.user(event)
+        for table in sorted(self.tables.values(), key=lambda each: each.user_id != user):
             slot = table.find(*key)
-            if slot is not None and (slot.key == key[0] or slot.account in (None, uuid) or uuid is None):
+            if slot is not None and (slot.account in (None, uuid) or uuid is None):
                 return table
-        return None
+        return self.table(user)
 
     def _bind(self, uuid: str | None, table: SlotTable) -> None:
         """Learn which user a terminal trades for; what it reported before that moves to the user."""
@@ -298,7 +305,9 @@ class Engine:
             name = names[0] if names else ""
         if name is not None:
             jump = self.config_of(table.user_id).balance_jump
-            table.balance(name, balance, get(data, "equity"), jump, event.timestamp, event.bus_seq)
+            latest = max(self.clock, self._agreed)
+            if not table.balance(name, balance, get(data, "equity"), jump, event.timestamp, event.bus_seq, latest):
+                return
             view, margin = table.accounts[name], get(data, "free_margin")
             view.currency = get(data, "currency") or view.currency
             if margin is not None:

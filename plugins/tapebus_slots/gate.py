@@ -87,8 +87,8 @@ def evaluate(
         _trade_mode(signal, found.symbol),
         _geometry(signal, quote),
         _on_tick(signal, found, config),
-        _distance(signal, quote, found.symbol, config, "sl"),
-        _distance(signal, quote, found.symbol, config, "tp"),
+        _distance(signal, quote, found, config, "sl"),
+        _distance(signal, quote, found, config, "tp"),
         _quote_age(signal, quote, config),
         _account(account),
         _heartbeat(signal, account, config),
@@ -188,16 +188,16 @@ def _near_tick(level: float, symbol: Symbol) -> bool:
     return abs(steps - steps.to_integral_value()) * symbol.tick <= symbol.point * Decimal("1e-6")
 
 
-def _distance(signal: Signal, quote: Quote | None, symbol: Symbol | None, config: Config, name: str) -> Rule:
+def _distance(signal: Signal, quote: Quote | None, found: Plan, config: Config, name: str) -> Rule:
     """One level against the larger of the stops level and a multiple of the spread.
 
     Measured from the signal's entry or today's price, whichever is nearer; the stops level alone also from the price
-    that closes the position, as brokers measure it.
+    that closes the position, as brokers measure it. The target is the one that would be sent: rounding moved it nearer.
     """
-    rule, reason = f"{name}_distance", f"{name}_inside_spread"
+    symbol, rule, reason = found.symbol, f"{name}_distance", f"{name}_inside_spread"
     if symbol is None:
         return Rule(rule, None, None, False, "symbol_unknown")
-    level = signal.sl if name == "sl" else signal.tp
+    level = signal.sl if name == "sl" else found.tp
     side = (-1 if name == "sl" else 1) * (1 if signal.buy else -1)
     prices = [price for price in (signal.entry, entry_price(signal, quote)) if price and finite(price)]
     usable = quote is not None and quote.usable

@@ -133,8 +133,9 @@ def _limits(account: Account | None, slots: SlotView, config: Config, known: Kno
     equity = exact(account.equity) if finite(account.equity) else balance  # type: ignore[arg-type]
     base = max(ZERO, min(balance, equity))
     own = percent_of(base, exact(config.risk_pct))
-    open_risk = ZERO
-    currencies = {symbol.base: ZERO, symbol.quote: ZERO}
+    # what the broker counts and nobody described is taken for one full trade each, in any currency
+    open_risk = UP.multiply(own, Decimal(max(0, slots.used - len(slots.held))))
+    currencies = {symbol.base: open_risk, symbol.quote: open_risk}
     for held in slots.held:
         risk = own if held.risk is None else held.risk
         open_risk = UP.add(open_risk, risk)

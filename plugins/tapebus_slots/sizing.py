@@ -19,6 +19,8 @@ from tapebus_trading.symbols import Symbol
 ZERO = Decimal(0)
 #: The smallest order the bus carries: below it a lot size is refused, whatever the broker would take.
 LEAST_ORDER = Decimal("0.01")
+#: The largest one it carries, whatever the broker would take.
+MOST_ORDER = Decimal(1_000_000)
 #: The currency over which a rate is composed where no quote of the pair itself is there.
 PIVOT = "USD"
 
@@ -101,7 +103,11 @@ def size(money: Decimal, loss: Decimal, symbol: Symbol, caps: Iterable[Cap] = ()
         return Sizing(reason="no_loss_per_lot")
     if money <= 0:
         return Sizing(reason="no_risk_budget")
-    bounds = [Cap(DOWN.divide(money, loss), "below_min_lot"), Cap(symbol.volume_max, "below_min_lot"), *caps]
+    bounds = [
+        Cap(DOWN.divide(money, loss), "below_min_lot"),
+        Cap(min(symbol.volume_max, MOST_ORDER), "below_min_lot"),
+        *caps,
+    ]
     tightest = min(bounds, key=lambda cap: cap.lots)
     lots = floor_to_step(tightest.lots, symbol.volume_step)
     if lots < least_lots(symbol):

@@ -390,16 +390,29 @@ class SlotTable(Struct):
         self.reconcile = True
 
     def balance(
-        self, account: str, balance: float, equity: float | None, jump: float, at: float = 0.0, seq: int = 0
-    ) -> None:
-        """New account figures; a move of at least `jump` with slots held is a witness (deposits move it too)."""
+        self,
+        account: str,
+        balance: float,
+        equity: float | None,
+        jump: float,
+        at: float = 0.0,
+        seq: int = 0,
+        latest: float = 0.0,
+    ) -> bool:
+        """New account figures; a move of at least `jump` with slots held is a witness (deposits move it too).
+
+        False where they are older than those known, unless those are from after `latest`: a clock that is ahead.
+        """
         view = self._account(account)
+        if view.balance_at is not None and at < view.balance_at <= latest:
+            return False
         before, view.balance = view.balance, balance
         view.balance_at, view.balance_seq = at, seq
         view.equity = equity if equity is not None else view.equity
         if before is not None and self.slots and abs(balance - before) >= jump:
             view.moved, view.moved_at, view.moved_seq = balance - before, at, seq
             self.ask(f"balance_jump:{balance - before:+.2f}")
+        return True
 
     def review(self, now: float, answer_timeout: float, stale_age: float, heartbeat_age: float) -> None:
         """The periodic look at the clock: unanswered fires become UNKNOWN, old or silent ones ask for a snapshot."""

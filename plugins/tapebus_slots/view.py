@@ -103,5 +103,5 @@ def entry_price(signal: Signal, quote: Quote | None) -> float | None:
     return signal.entry
 
 
-def finite(value: float | None) -> bool:
+def finite(value: float | Decimal | None) -> bool:
     return value is not None and math.isfinite(value)

@@ -54,6 +54,8 @@ class Symbol(Struct, frozen=True):
         return self.pip * self.contract
 
 
+#: Stands for the broker where none is asked for: what any terminal said last.
+ANY = "*"
 _WORDS = frozenset(("base", "quote", "trade_mode"))
 #: May be zero; every other figure must be above it.
 _FROM_ZERO = frozenset(("stops_level", "freeze_level", "typical_spread"))
@@ -98,6 +100,7 @@ class Registry:
     ) -> None:
         self._tables: dict[str, list[tuple[str, Mapping[str, Any]]]] = {"": []}
         self._sent: dict[tuple[str, str], dict[str, Any]] = {}
+        self._senders: set[str] = set()
         self._found: dict[tuple[str, str], Symbol | None] = {}
         #: The broker of each account or terminal id that the configuration names.
         self.brokers: dict[str, str] = {}
@@ -129,8 +132,13 @@ class Registry:
         return self._found[key]
 
     def broker_of(self, *accounts: str | None) -> str:
-        """The broker of the first of `accounts` (account numbers, terminal ids) that the configuration names."""
-        return next((self.brokers[each] for each in accounts if each in self.brokers), "")
+        """The broker of the first of `accounts` (account numbers, terminal ids) that the configuration names.
+
+        Else the first of them that has sent facts of its own: what a terminal says then holds for its account alone,
+        for it may be at another broker than the next one.
+        """
+        named = next((self.brokers[each] for each in accounts if each in self.brokers), "")
+        return named or next((each for each in accounts if each and each in self._senders), "")
 
     def specify(self, specification: Any) -> None:
         """Take over what the broker says itself: the payload of a ``symbol_specification`` event.
@@ -139,37 +147,44 @@ class Registry:
         """
         name = _field(specification, "symbol")
         named = _field(specification, "broker")
-        broker = named or self.broker_of(_field(specification, "target_uuid"), _field(specification, "account_number"))
+        ids = [each for key in ("target_uuid", "account_number") if (each := _field(specification, key))]
+        broker = named or next((self.brokers[each] for each in ids if each in self.brokers), "")
         given = {mine: value for theirs, mine in _SENT.items() if (value := _field(specification, theirs)) is not None}
-        place = (name, broker)
-        before = self._sent.get(place, {})
-        if given.get("volume_limit") == 0:
-            before = {key: value for key, value in before.items() if key != "volume_limit"}
-            del given["volume_limit"]  # how brokers say that there is none
+        own = broker or next(iter(ids), "")
+        # how terminals say that there is none, or that they do not know it now
+        dropped = {key for key in ("volume_limit", "tick_value", "margin") if given.get(key) == 0}
+        given = {key: value for key, value in given.items() if key not in dropped}
         if "point" in given:
             point = exact(given["point"])
         elif "digits" in given:
             point = Decimal(1).scaleb(-int(given["digits"]))
         else:
-            point = (self.get(name, broker) or _nameless(name)).point
+            point = (self.get(name, own) or _nameless(name)).point
         for level in ("stops_level", "freeze_level"):
             if level in given:
                 given[level] = exact(given[level]) * point  # brokers count them in points
         _checked(given, f"symbol_specification of {name}")
-        self._sent[place] = before | given
+        # without a broker: for each account it may be of, and for whoever asks of none
+        for sender in (broker,) if broker else (*ids, ANY if ids else ""):
+            before = {k: v for k, v in self._sent.get((name, sender), {}).items() if k not in dropped}
+            self._sent[name, sender] = before | given
+            self._senders.add(sender)
         self._found.clear()
 
     def specifications(self) -> dict[str, dict[str, str]]:
         """What brokers have sent, as text, to be kept over a restart; see `restore`."""
         return {
-            f"{broker}/{name}": {k: str(v) for k, v in given.items()} for (name, broker), given in self._sent.items()
+            f"{name}\n{broker}": {k: str(v) for k, v in given.items()} for (name, broker), given in self._sent.items()
         }
 
     def restore(self, specifications: Mapping[str, Mapping[str, str]]) -> None:
         """Take back what `specifications` returned."""
         for key, given in specifications.items():
-            broker, _, name = key.partition("/")
+            name, parted, broker = key.partition("\n")
+            if not parted:  # as written before
+                broker, _, name = key.partition("/")
             self._sent[name, broker] = dict(given)
+            self._senders.add(broker)
         self._found.clear()
 
     def _make(self, name: str, broker: str) -> Symbol | None:
@@ -181,7 +196,7 @@ class Registry:
             if given is not None:
                 place = f"{where}.{name}"
                 values |= _checked(_table(given, place), place)
-        for sender in dict.fromkeys(("", broker)):
+        for sender in ("", broker or ANY):
             values |= _checked(self._sent.get((name, sender), {}), f"symbol_specification of {name}")
         if symbol is None and not values.keys() >= REQUIRED:
             if place:
