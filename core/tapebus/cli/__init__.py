@@ -32,7 +32,8 @@ _COMMANDS_ONLY = ("demo", "legacy")
 class Commands(click.Group):
     """Built-in commands by name, then what the enabled plugins register."""
 
-    _plugins_loaded = False
+    #: The configuration whose plugins have added their commands; a program may call `main` for several.
+    _loaded_for: dict[str, Any] | None = None
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -84,21 +85,21 @@ class Commands(click.Group):
 
     def _load_plugins(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Let each enabled plugin add its commands; what went wrong, as lines for people."""
-        if self._plugins_loaded:
+        # before the group itself has run, and for help before a variable was looked at
+        given: dict[str, Any] = {"config": ctx.params.get("config") or os.environ.get("TAPEBUS_CONFIG")}
+        given["data_dir"] = ctx.params.get("data_dir")
+        for flag, key in (("--config", "config"), ("--data-dir", "data_dir")):
+            if flag in args[:-1]:
+                given[key] = args[args.index(flag) + 1]
+        if given == self._loaded_for:
             return []
-        self._plugins_loaded = True
+        self._loaded_for = given
         from tapebus.cli.common import load_config
         from tapebus.plugins import call_one, installed, load
         from tapebus.trust import is_own
 
         problems = []
         try:
-            # before the group itself has run, and for help before a variable was looked at
-            given: dict[str, Any] = {"config": ctx.params.get("config") or os.environ.get("TAPEBUS_CONFIG")}
-            given["data_dir"] = ctx.params.get("data_dir")
-            for flag, key in (("--config", "config"), ("--data-dir", "data_dir")):
-                if flag in args[:-1]:
-                    given[key] = args[args.index(flag) + 1]
             names = dict.fromkeys(load_config(**given).plugins.enabled)
             # nothing else is imported without being enabled
             found = installed()
