@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import click
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -22,6 +23,12 @@ def report(found: dict[str, Any]) -> None:
     """Print what `tapebus_analytics.cli.result` made."""
     console = Console(highlight=False)
     console.width = min(WIDTH, console.width) if console.is_terminal else WIDTH
+    with console.capture() as shown:
+        _report(console, found)
+    click.echo("\n".join(line.rstrip() for line in shown.get().splitlines()))  # tables are padded
+
+
+def _report(console: Console, found: dict[str, Any]) -> None:
     if found["by"] == "calibration":
         _calibration(console, found["calibration"])
         return
@@ -98,7 +105,7 @@ def draw(low: float, high: float, rate: float | None, mark: float | None = None)
 
 def _notes(console: Console, found: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None:
     overall = found["overall"]
-    console.print(_line(overall))
+    console.print("\n".join(_lines(overall, console.width)))
     counts = [f"{overall[key]} {key}" for key in UNDECIDED.values() if overall[key]]
     if counts:
         console.print(f"neither won nor lost: {', '.join(counts)}")
@@ -114,8 +121,8 @@ def _notes(console: Console, found: dict[str, Any], rows: dict[str, dict[str, An
         console.print("no rate here is proven to differ from breakeven")
 
 
-def _line(overall: dict[str, Any]) -> str:
-    """The whole report in a line: as much of it as is known."""
+def _lines(overall: dict[str, Any], width: int) -> list[str]:
+    """The whole report in a line, or in two where that is too long: as much of it as is known."""
     parts = [f"{overall['signals']} signal{'s' * (overall['signals'] != 1)}, {overall['resolved']:g} % resolved"]
     if overall["pips"] is not None:
         parts.append(f"{overall['pips']:+.1f} pips")
@@ -125,7 +132,14 @@ def _line(overall: dict[str, Any]) -> str:
         parts.append(f"worst drawdown {overall['max_drawdown_r']:.1f} R")
     low, high = overall["confidence"]
     parts.append(f"confidence {low:.1f}-{high:.1f}")
-    return ", ".join(parts)
+    lines = [parts[0]]
+    for part in parts[1:]:
+        if len(lines[-1]) + 2 + len(part) < width:
+            lines[-1] += f", {part}"
+        else:
+            lines[-1] += ","
+            lines.append(part)
+    return lines
 
 
 def _calibration(console: Console, found: dict[str, Any]) -> None:
