@@ -319,6 +319,24 @@ def list_from_before_the_order(t):
     assert t.table.slots["f0"].ticket is None
 
 
+def list_from_before_a_filled_order(t):
+    """Nor where it was opened at the very price of the order."""
+    t.fire("f0")
+    t.answer("f0", "FILLED", ticket=8, price=1.1)
+    t.now -= 20
+    beat(t, [position(7, position_id=7, open_price=1.1)], after=10)
+    assert t.table.slots["f0"].ticket == 8
+
+
+def close_under_a_new_ticket(t):
+    """An order was taken for a position whose ticket was renewed since; the close names what never changes."""
+    t.fire("f0")
+    t.answer("f0", "FILLED", ticket=8, price=1.1)
+    beat(t, [position(7, position_id=7, open_price=1.1)])
+    t.close(12, position_id=7)
+    assert t.table.slots["f0"].ticket == 8
+
+
 def late_message_turns_no_clock_back(t):
     """A message that waited for an hour must not make lists of that hour count as news."""
     beat(t, t.opened(1), after=4_000)
@@ -398,6 +416,13 @@ RULES = [
     Story("a refusal does not close an open position", refused_while_open, "1/10"),
     Story("a refusal does not close what was filled without a ticket", refused_while_open_without_ticket, "1/10"),
     Story("a list from before the order says nothing of it", list_from_before_the_order, "2/10"),
+    Story("nor of what was opened at the same price", list_from_before_a_filled_order, "2/10"),
+    Story(
+        "a close by position leaves the order that was taken for it",
+        close_under_a_new_ticket,
+        "1/10",
+        ["position_closed"],
+    ),
     Story("a late message turns no clock back", late_message_turns_no_clock_back, "2/10"),
     Story(
         "a close of an unlisted position leaves the count", close_of_an_unlisted_position, "5/10", ["position_closed"]

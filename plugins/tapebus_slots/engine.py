@@ -196,6 +196,8 @@ class Engine:
         close = _close(event)
         whole = slot is not None and (close.lots or 0.0) >= (slot.opened_lots or 0.0)
         changes: list[Change | None] = [*table.named(slot, get(data, "ticket"), whole)]
+        if changes and not get(data, "fire_id"):
+            slot = table.find(None, get(data, "ticket"), get(data, "position_id"))
         if slot is not None and slot.guessed and whole and not get(data, "fire_id"):
             # what was taken for its position is closed, which is no word about the order
             changes += table.part(slot, event.timestamp)

@@ -102,9 +102,9 @@ def _answers(slot: Slot, position: Position) -> bool:
 
 def _worth_a_try(same: Callable[[Slot, Position], bool], slot: Slot, at: float | None) -> bool:
     """Likeness proves nothing where the list may lack the very position, nor before the order was sent."""
-    if same is _answers:
+    if same is _answers or (same is _same_opening and slot.open_time is None):
         return at is not None and (slot.sent_at is None or slot.sent_at < at)
-    return same is not _same_opening or at is not None or slot.open_time is not None
+    return True
 
 
 def _may_be(slot: Slot, position: Position) -> bool:
