@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from bench import commits, latency, machine, plan, query, report, throughput, topologies
+from bench import commits, latency, machine, plan, query, relay, report, throughput, topologies
 from rich.console import Console
 
 BUILD = machine.ROOT / "build" / "bench"
@@ -63,6 +63,7 @@ def everything(size: plan.Size, results: plan.Results, ticks: list[str]) -> list
         *throughput.BENCHES,
         *throughput.others(results),
         *latency.BENCHES,
+        *relay.BENCHES,
         *commits.BENCHES,
         *topologies.benches(size),
         *query.benches(size, ticks),

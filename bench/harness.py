@@ -124,7 +124,10 @@ class Producer(Child):
 
 
 class Bus(Child):
-    """A bus with its own ports and data directory; `probes` are ``{"kind", "name", …}`` of `bench.probes`."""
+    """A bus with its own ports and data directory; `probes` are ``{"kind", "name", …}`` of `bench.probes`.
+
+    `extra` is added to its configuration.
+    """
 
     def __init__(
         self,
@@ -135,6 +138,7 @@ class Bus(Child):
         data_dir: Path | None = None,
         drain_s: float = 5.0,
         commit_interval_ms: float = 0.0,
+        extra: str = "",
     ) -> None:
         self._own = Path(tempfile.mkdtemp(prefix="tb-"))
         self.data_dir = data_dir or self._own / "data"
@@ -149,7 +153,7 @@ class Bus(Child):
             f"[bus]\ndata_dir = {json.dumps(str(self.data_dir))}\ndrain_s = {drain_s}\n"
             f"commit_interval_ms = {commit_interval_ms}\n"
             f'[listen]\nfeed = "{feed}"\ningest = "{self.push}"\nacked = ["{acked}", "{self.ipc}"]\n'
-            f"[plugins]\nenabled = {json.dumps(plugins)}\n"
+            f"[plugins]\nenabled = {json.dumps(plugins)}\n{extra}"
         )
         begun = time.monotonic()
         super().__init__("bench.bus", str(file), json.dumps(probes or []))

@@ -37,30 +37,7 @@ def through(deliver: str = "", commit_interval_ms: float = 0.0) -> Callable[[Siz
             raise Skipped("this version has no Consumer(deliver=…)")
         probe = {"kind": "latency", "name": "probe", **({"deliver": deliver, "mode": "thread"} if deliver else {})}
         with Bus([probe], commit_interval_ms=commit_interval_ms) as bus:
-            count = size.paced_events
-            producer = Producer(Load("paced", bus.ipc, count, "bench-paced"))
-            try:
-                producer.ready()
-                bus.settle({"bench-paced": 1})
-                bus.ask("forget")
-                commits, cpu, begun = bus.ask("commits")["commits"], bus.cpu(), time.monotonic()
-                producer.say("go")
-                producer.sent()
-                busy, took = bus.cpu() - cpu, time.monotonic() - begun
-                commits = bus.ask("commits")["commits"] - commits
-                bus.settle({"bench-paced": count + 1})
-                seconds = bus.ask("probed")["probe"]["seconds"]
-                producer.say("go")
-                calls = producer.result()
-            finally:
-                producer.close()
-            if len(seconds) != count:
-                raise Wrong(f"the probe saw {len(seconds)} of {count} events")
-            figures = {
-                **percentiles(seconds, 1e3, "ms"),
-                "cpu_percent": busy / took * 100,
-                "commits_per_s": commits / took,
-            }
+            figures, calls = paced(bus, size.paced_events)
             if commit_interval_ms:
                 return figures
             return {
@@ -70,6 +47,30 @@ def through(deliver: str = "", commit_interval_ms: float = 0.0) -> Callable[[Siz
             }
 
     return run
+
+
+def paced(bus: Bus, count: int) -> tuple[Figures, dict[str, list[float]]]:
+    """`count` events on a schedule through `bus`, which has a probe, and the seconds of the producer's calls."""
+    producer = Producer(Load("paced", bus.ipc, count, "bench-paced"))
+    try:
+        producer.ready()
+        bus.settle({"bench-paced": 1})
+        bus.ask("forget")
+        commits, cpu, begun = bus.ask("commits")["commits"], bus.cpu(), time.monotonic()
+        producer.say("go")
+        producer.sent()
+        busy, took = bus.cpu() - cpu, time.monotonic() - begun
+        commits = bus.ask("commits")["commits"] - commits
+        bus.settle({"bench-paced": count + 1})
+        seconds = bus.ask("probed")["probe"]["seconds"]
+        producer.say("go")
+        calls = producer.result()
+    finally:
+        producer.close()
+    if len(seconds) != count:
+        raise Wrong(f"the probe saw {len(seconds)} of {count} events")
+    figures = {**percentiles(seconds, 1e3, "ms"), "cpu_percent": busy / took * 100, "commits_per_s": commits / took}
+    return figures, calls
 
 
 def plain(transport: str) -> Callable[[Size], Figures]:

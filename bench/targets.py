@@ -113,6 +113,12 @@ TARGETS = [
     Target(f"{ALL}: PUSH, JSON", "push-json.events_per_s", "events/s", least=350_000),
     Target("publish → plugin after fsync, 1,000/s: p50", "latency.p50_ms", "ms", most=0.6),
     Target("… p99", "latency.p99_ms", "ms", most=2),
+    Target(
+        "… p50 beside a busy Telegram relay ÷ without",
+        ratio("latency-relay.p50_ms", "latency.p50_ms"),
+        "×",
+        most=1.1,
+    ),
     Target("early delivery p50 ÷ plain pyzmq (ipc)", ratio("latency-early.p50_ms", "pyzmq-ipc.p50_ms"), "×", most=1.5),
     Target("publish() at 1,000/s: p50", "latency.publish_p50_us", "µs", most=1),
     Target("… p99.9", "latency.publish_p999_us", "µs", most=100),

@@ -25,6 +25,7 @@ from bench import (  # noqa: E402
     plan,
     plots,
     producers,
+    relay,
     report,
     targets,
     throughput,
@@ -184,6 +185,11 @@ def test_a_bus_that_dies_is_reported_and_not_waited_for() -> None:
 def test_commits_are_counted_and_keep_the_distance_they_are_given():
     # a hundred events, one a millisecond: two commits more than fit into that time belong to its two ends
     assert 0 < latency.through(commit_interval_ms=50)(TINY)["commits_per_s"] <= 1 / 0.05 + 2 / 0.1
+
+
+def test_a_relay_that_is_measured_beside_the_bus_has_sent_and_has_more_to_send() -> None:
+    pytest.importorskip("telegram", reason="sending is an extra of the Telegram plugin")
+    assert relay.busy(TINY)["p50_ms"] > 0
 
 
 @pytest.mark.parametrize("bench", commits.BENCHES, ids=lambda bench: bench.name)
