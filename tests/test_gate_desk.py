@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from itertools import islice
 from pathlib import Path
 
 import msgspec
@@ -398,6 +399,22 @@ def test_the_kill_switch_of_a_running_bus_is_still_on_after_kill_9(make_bus):
         fires = [event.data.signal_id for event in tape.read(topics=["fire_command"])]
         alerts = [event.data.state for event in tape.read(topics=["alert"]) if event.data.name == "kill_switch"]
     assert (fires, alerts) == (["S1"], ["raised"])
+
+
+def test_signals_that_waited_in_a_spool_are_judged_and_not_fired(embed):
+    """They come with the quotes of their time, so no age of a quote gives them away."""
+    bus = embed(["schema", "store", "slots"], extra="[plugins.slots]\nauto_fire = true")
+    with bus.publisher() as publisher:
+        publisher.publish("balance_update", {"account_number": "1", "balance": 1e4, "equity": 1e4}, user_id="default")
+        for signal_id, at in (("old", time.time() - 600), ("new", time.time())):
+            publisher.publish("market_data", {"symbol": "EURUSD", "bid": 1.1699, "ask": 1.17}, timestamp=at)
+            data = {"signal_id": signal_id, "symbol": "EURUSD", "direction": "BUY", "confidence": 85.0}
+            data |= {"pattern_type": "BB_SCALP", "entry": 1.17, "sl": 1.1685, "tp": 1.172}
+            publisher.publish("signal_generated", data, timestamp=at)
+        assert publisher.flush(30)
+    with bus.tape() as tape:
+        found = [event.data for event in islice(tape.follow(after=0, topics=["gate_verdict"], idle_timeout=30), 2)]
+    assert {each.signal_id: each.reasons for each in found} == {"old": ["signal_late"], "new": []}
 
 
 # -- the documentation --------------------------------------------------------------------------

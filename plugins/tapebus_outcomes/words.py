@@ -73,6 +73,7 @@ RULES: dict[str, Callable[[str, str], str]] = {
     "tier": lambda limit, actual: f"tier {actual} is not one of {limit}",
     "not_fired_before": lambda limit, actual: "this signal was fired before",
     "expiry": lambda limit, actual: f"the signal was good until {limit}, it was {actual}",
+    "lateness": lambda limit, actual: f"decided on {actual} s after it was made, limit {limit} s",
     "pattern": lambda limit, actual: f"pattern {actual} is disabled",
     "confidence": lambda limit, actual: f"confidence {actual} is outside {limit}",
     "market": lambda limit, actual: f"the market of {actual} is closed",

@@ -48,6 +48,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     min_spread_multiple: FromZero = 2.0
     require_on_tick: bool = False
     max_quote_age_s: Seconds = 5.0
+    max_lateness_s: Seconds = 60.0
     max_conversion_age_s: Seconds = 60.0
     heartbeat_max_age_s: Seconds = 40.0
     allow_opposite: bool = False

@@ -6,6 +6,7 @@ Runs on the engine's consumer thread only; the engine publishes the slot changes
 from __future__ import annotations
 
 import hashlib
+import time
 from base64 import b32encode
 from collections.abc import Callable, Mapping
 from decimal import Decimal
@@ -52,7 +53,9 @@ class Decider:
         """Judge the signal for the user of `table`, and fire it at the terminal `target` where nothing forbids it."""
         signal = read_signal(event)
         numbers = (view.number for view in table.accounts.values() if view.number)
-        account, known = account_of(table), self.desk.known(*table.accounts, *numbers)
+        # an event that was never received is from a bench
+        late = time.time() - event.timestamp if event.received_at else None
+        account, known = account_of(table), self.desk.known(*table.accounts, *numbers, lateness=late)
         config = self.config_of(table.user_id).counted_in(None if account is None else account.currency)
         view = slot_view(table, quotes, signal.at, config, known)
         verdict = evaluate(signal, account, view, quotes, config, known)

@@ -72,8 +72,8 @@ class Desk:
         others = sorted((self.config.users.keys() | self._modes.keys()) - {owner})
         return [owner, *(user for user in others if self.config_of(user).auto_fire)]
 
-    def known(self, *accounts: str) -> Known:
-        """What the gate is told besides quotes and slots, for a user who trades on `accounts`."""
+    def known(self, *accounts: str, lateness: float | None = None) -> Known:
+        """What the gate is told besides quotes and slots, for a user who trades on `accounts`; see `Known`."""
         return Known(
             self.symbols,
             self.symbols.broker_of(*accounts),
@@ -81,6 +81,7 @@ class Desk:
             self._disabled,
             self._curve,
             self.hours,
+            lateness,
         )
 
     def on_fire_mode(self, event: Any, user: str) -> None:

@@ -81,6 +81,7 @@ def evaluate(
         _tier(config),
         _already_fired(signal, slots),
         _expiry(signal, quote),
+        _lateness(known, config),
         _pattern(signal, known),
         _confidence(signal, calibrated, config),
         _market(signal, config, known),
@@ -120,6 +121,12 @@ def _expiry(signal: Signal, quote: Quote | None) -> Rule:
     now = signal.at if quote is None else max(signal.at, quote.at)
     passed = signal.expires_at is None or now < signal.expires_at
     return Rule("expiry", signal.expires_at, now, passed, "signal_expired")
+
+
+def _lateness(known: Known, config: Config) -> Rule:
+    """What waited in a producer's spool or on the tape came with quotes as old as itself; the market has moved on."""
+    late = known.lateness
+    return Rule("lateness", config.max_lateness_s, late, late is None or late <= config.max_lateness_s, "signal_late")
 
 
 def _pattern(signal: Signal, known: Known) -> Rule:

@@ -74,7 +74,10 @@ class SlotView(Struct, frozen=True):
 
 
 class Known(Struct, frozen=True):
-    """What else the desk knows: facts of symbols at the user's broker, switches, and what statistics found."""
+    """What else the desk knows: facts of symbols at the user's broker, switches, and what statistics found.
+
+    ``lateness`` is how many seconds ago the signal was made when it is decided on; None where the past is judged again.
+    """
 
     symbols: Registry
     broker: str = ""
@@ -82,6 +85,7 @@ class Known(Struct, frozen=True):
     disabled: Collection[str] = ()
     calibration: Curve | None = None
     hours: Hours = Hours()
+    lateness: float | None = None
 
     def calibrated(self, confidence: float) -> float | None:
         """The win rate, in percent, that signals of this stated confidence had; None where nobody knows."""
