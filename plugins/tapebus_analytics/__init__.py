@@ -18,11 +18,8 @@ _analysts: dict[int, Analyst] = {}
 @hookimpl
 def tapebus_register_consumers(context: Context) -> list[Consumer]:
     analyst = _analysts[id(context)] = Analyst(context)
-    return [
-        Consumer(
-            name="analytics", topics=TOPICS, handler=analyst.handle, save=analyst.save, mode="thread", start="first"
-        )
-    ]
+    # inline: a thread would be woken for every block with a user action in it, and a fit takes milliseconds at most
+    return [Consumer(name="analytics", topics=TOPICS, handler=analyst.handle, save=analyst.save, start="first")]
 
 
 @hookimpl
