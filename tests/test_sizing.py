@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from decimal import Decimal
 from fractions import Fraction
 
@@ -274,6 +276,7 @@ class Case:
 
     def below(self, bound):
         head, self.left = self.left[:5], self.left[5:]
+        assert len(head) == 5, "more is drawn than there is"
         return int.from_bytes(head, "big") % bound
 
     def decimal(self, bound, places):
@@ -285,17 +288,18 @@ class Case:
         return msgspec.structs.replace(SYMBOLS[name], volume_step=step, volume_min=step)
 
 
-cases = st.binary(min_size=40, max_size=40).map(Case)
+#: Thirteen draws of five bytes.
+SIZE = 65
+cases = st.binary(min_size=SIZE, max_size=SIZE).map(Case)
 
 
-@settings(max_examples=5000)
-@given(cases)
-def test_lots_are_exact_multiples_and_never_exceed_the_budget_or_a_cap(case):
+def judge_lots(case):
+    """Size one case and compare it with exact fractions."""
     symbol, base, open_risk = case.symbol(), case.decimal(10**9, 2), case.decimal(10 ** (2 + case.below(8)), 2)
     risk_pct, rate = case.decimal(1001, 1), case.decimal(10 ** (3 + case.below(4)), 4)
     distance = case.decimal(10 ** (1 + case.below(7)), 5)
     loss = loss_per_lot(distance, symbol, rate)
-    cap = Cap(case.decimal(10**6, 3), "cap")
+    cap = Cap(case.decimal(10 ** (1 + case.below(6)), 3), "cap")
     found = size(budget(base * risk_pct / 100, [base / 10 - open_risk]), loss, symbol, [cap])
 
     limit = min(Fraction(base) * Fraction(risk_pct) / 100, Fraction(base) / 10 - Fraction(open_risk))
@@ -303,20 +307,44 @@ def test_lots_are_exact_multiples_and_never_exceed_the_budget_or_a_cap(case):
     assert (Fraction(found.lots) / Fraction(symbol.volume_step)).denominator == 1
     assert Fraction(found.lots) * exact_loss <= max(limit, 0)
     assert found.lots <= min(cap.lots, symbol.volume_max)
-    assert found.lots == 0 or found.lots >= max(symbol.volume_min, Decimal("0.01"))
+    # 0.01 is the least order, also where the step is finer
+    least = max(symbol.volume_min, Decimal("0.01"))
+    assert found.lots == 0 or found.lots >= least
     assert (found.lots == 0) is (found.reason is not None)
-    more = Fraction(found.lots + symbol.volume_step)
-    if found.lots and more <= min(Fraction(symbol.volume_max), Fraction(cap.lots)):
+    more = Fraction(found.lots + symbol.volume_step if found.lots else least)
+    if exact_loss and more <= min(Fraction(symbol.volume_max), Fraction(cap.lots)):
         assert more * exact_loss > limit * (1 - Fraction(1, 10**20)), "one step more would have fitted"
+    return found
 
 
-@settings(max_examples=1500)
-@given(cases)
-def test_a_larger_budget_never_means_fewer_lots(case):
+def judge_budgets(case):
     symbol = case.symbol()
     loss = loss_per_lot(case.decimal(10 ** (1 + case.below(7)), 5), symbol, Decimal(1))
     low, high = sorted((case.decimal(10**9, 2), case.decimal(10**9, 2)))
     assert size(low, loss, symbol).lots <= size(high, loss, symbol).lots
+
+
+@settings(max_examples=1500)
+@given(cases)
+def test_lots_are_exact_multiples_and_never_exceed_the_budget_or_a_cap(case):
+    judge_lots(case)
+
+
+@settings(max_examples=500)
+@given(cases)
+def test_a_larger_budget_never_means_fewer_lots(case):
+    judge_budgets(case)
+
+
+def test_both_hold_in_ten_thousand_cases_of_a_seed():
+    chance = random.Random(20250811)
+    reasons = Counter()
+    for _ in range(10_000):
+        reasons[judge_lots(Case(chance.randbytes(SIZE))).reason] += 1
+        judge_budgets(Case(chance.randbytes(SIZE)))
+    assert reasons[None] > 3_000 and all(reasons[why] > 100 for why in ("below_min_lot", "no_risk_budget", "cap")), (
+        reasons
+    )
 
 
 @settings(max_examples=500)
