@@ -209,7 +209,12 @@ def test_the_command_tells_what_is_raised_and_what_is_over_from_the_tape(embed):
     assert code == 1
     assert "63.5 s" in shown
     assert max(map(len, shown.splitlines())) <= 100
-    assert command(bus.data_dir, "--since", "185") == (0, "no alert is raised\n")
+    code, shown = command(bus.data_dir, "--since", "185", "--all", "--json")
+    # what is still raised is never too old to be shown
+    assert (code, [(each["name"], each["state"]) for each in json.loads(shown)]) == (
+        1,
+        [("b", "raised"), ("a", "raised"), ("c", "cleared")],
+    )
 
 
 def test_a_mistake_in_a_rule_stops_the_start_with_the_nearest_name(data_dir, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -18,13 +19,14 @@ _COLOURS = {"critical": "red", "error": "red", "warning": "yellow", "cleared": "
 
 @click.command(short_help="Show which alerts are raised.")
 @click.option("--all", "everything", is_flag=True, help="Also those that are over.")
-@click.option("--since", type=When(), help="Only alerts told since this: Unix seconds, ISO 8601, 6h, 30d.")
+@click.option("--since", type=When(), help="Of those that are over, only from here: Unix seconds, ISO 8601, 6h, 30d.")
 @json_option
 @with_config
 def alerts(config: Config, everything: bool, since: float | None, as_json: bool) -> int:
     """Show which alerts are raised, since when, and the value that was told last.
 
     Read from the tape, so it works whether the bus runs or not. Exits 1 while an alert is raised, 0 while none is.
+    What is raised is always shown, however old.
 
     \b
     tapebus alerts
@@ -32,9 +34,10 @@ def alerts(config: Config, everything: bool, since: float | None, as_json: bool)
     tapebus alerts --json | jq '.[] | select(.severity == "critical")'
     """
     with open_tape(config) as tape:
-        found = standing(tape.read(topics=["alert"], since=since))
+        found = standing(tape.read(topics=["alert"]))
     raised = sorted((each for each in found if each["state"] == "raised"), key=lambda each: -each["since"])
     over = sorted((each for each in found if each["state"] == "cleared"), key=lambda each: -each["at"])
+    over = [each for each in over if since is None or each["at"] >= since]
     shown = [*raised, *over] if everything else raised
     if as_json:
         click.echo(json.dumps(shown))
@@ -77,7 +80,7 @@ def _print(rows: list[dict[str, Any]], now: float, everything: bool) -> None:
     for each, state in zip(rows, states, strict=True):
         end = each["at"] if state == "cleared" else now
         since, lasted = _short(each["since"], now), span(max(0.0, end - each["since"]))
-        cells.append((state, each["name"], since, lasted, _figure(each["value"], each["unit"]), each["message"]))
+        cells.append((state, each["name"], since, lasted, _figure(each["value"], each["unit"]), _message(each)))
     empty = "no alerts" if everything else "no alert is raised"
     columns = ("state", "alert", "since (UTC)", "for", "value", "message")
     table(columns, cells, empty=empty, colours=[_COLOURS.get(each) for each in states])
@@ -87,6 +90,11 @@ def _short(at: float, now: float) -> str:
     """The time of day within the last day, else the day and the time."""
     text = clock(at)
     return text[11:] if 0 <= now - at < 86400 else text[5:16]
+
+
+def _message(row: dict[str, Any]) -> str:
+    """What was told, without the limit at its end: the columns are narrow, and --json has it."""
+    return re.sub(r" \(limit [^()]*\)$", "", row["message"] or "")
 
 
 def _figure(value: float | None, unit: str | None) -> str:
