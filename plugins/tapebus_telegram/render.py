@@ -324,7 +324,8 @@ def _alert(view: _View) -> Built:
     severity = view.text("severity", "level", "priority").lower()
     name = view.text("name", "code", "kind", "alert", "rule")
     component = view.text("component") or view.event.source
-    title = view.free("title") or view.masked(name.replace("_", " ")) or "alert"
+    what, colon, which = name.partition(":")  # which: a terminal, user or symbol, spelled as it is
+    title = view.free("title") or view.masked(what.replace("_", " ") + colon + which) or "alert"
     cleared = view.text("state") == "cleared"
     words = ("CLEARED" if cleared else severity.upper(), title)
     lines: list[Line] = [
