@@ -53,6 +53,7 @@ def test_each_output_on_the_page_is_what_the_command_prints(
     listen = {"FEED": bus.feed, "INGEST": bus.ingest, "ACKED": bus.acked}
     bus.variables = {f"TAPEBUS_LISTEN_{name}": endpoint for name, endpoint in listen.items()}
     bus.variables |= {"TAPEBUS_DATA_DIR": str(bus.data_dir), "TAPEBUS_CONFIG": str(EXAMPLE / "tapebus.toml")}
+    bus.variables["TAPEBUS_PLUGINS_SLOTS_MAX_LATENESS_S"] = "1e12"
     bus.command = [sys.executable, "-m", "tapebus", "run"]
     bus.start()
     environ = bus.environ() | {"TAPEBUS_ENDPOINT": bus.acked}

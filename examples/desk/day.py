@@ -1,10 +1,10 @@
 """An hour of a trading desk against a running bus: quotes, signals, and two terminals that answer the orders.
 
-    tapebus run --config tapebus.toml        # in one terminal, on a fresh data directory
-    python day.py                            # in another
+    TAPEBUS_PLUGINS_SLOTS_MAX_LATENESS_S=1e12 tapebus run --config tapebus.toml   # in one terminal, on a fresh tape
+    python day.py                                                                 # in another
 
 Everything has the time of a recorded morning, so the commands on the page "The trading desk" show the same figures
-each time.
+each time; the variable lets the gate fire signals that are that late.
 """
 
 from __future__ import annotations
