@@ -168,6 +168,17 @@ def test_a_user_may_turn_off_a_pattern_that_wins_or_that_nobody_has_seen() -> No
     assert desk.statuses()[-1] == "SWEEP active user:7"
 
 
+def test_a_pattern_a_user_turns_off_is_named_however_many_names_a_producer_has_made_up() -> None:
+    desk = Desk()
+    for number in range(tapebus_analytics.engine.MOST_PATTERNS + 1):
+        desk.trade("WIN", f"P{number}")
+    desk.user("pattern_off", "ONE_MORE")
+    assert desk.statuses() == ["ONE_MORE disabled user:7"]
+    desk.bench.restart()
+    desk.trade("WIN", "ONE_MORE")
+    assert tapebus_analytics.tapebus_health(context=desk.bench.context)["message"].count("ONE_MORE") == 1
+
+
 def test_other_actions_and_actions_without_a_pattern_change_nothing() -> None:
     desk = Desk()
     desk.user("kill_switch_on")

@@ -304,6 +304,7 @@ REFUSALS = [
     ("confidence outside 0 to 100", [truth(confidence=140)]),
     ("no confidence", [truth(confidence=...)]),
     ("confidence is no number", [truth(confidence="high")]),
+    ("time is no number", [truth(timestamp=10**400)]),
     ("no symbol", [truth(pair="")]),
     ("no usable signal_id", [truth(signal_id="")]),
     ("unreadable time", [truth(timestamp="yesterday")]),
@@ -404,6 +405,12 @@ def test_of_two_logs_the_one_with_prices_is_believed_and_the_contradiction_named
         assert (report["bare.jsonl"]["conflict"], report["bare.jsonl"]["mapped"]) == (2, 0)
         (conflict,) = report["bare.jsonl"]["conflicts"].values()
         assert conflict["lines"] == [1, 2] and "WIN here, LOSS counts" in conflict["example"]
+
+
+def test_the_mark_some_editors_put_at_the_begin_costs_no_line(tmp_path):
+    text = json.dumps(truth(1)) + "\r\n" + json.dumps(truth(2)) + "\r\n"
+    (tmp_path / "a.jsonl").write_text(text, encoding="utf-8-sig", newline="")
+    assert dry_run(tmp_path, str(tmp_path / "a.jsonl"), code=0)["events"] == 2
 
 
 def test_gzip_zstandard_and_standard_input_are_read_by_what_is_in_them(tmp_path):

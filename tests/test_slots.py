@@ -340,6 +340,15 @@ def test_no_more_than_a_thousand_ended_fires_are_remembered_also_on_disk():
     assert "ended:default:f5" not in lines and "ended:default:f1029" in lines
 
 
+def test_a_count_of_positions_beyond_reason_is_no_heartbeat():
+    terminal = Terminal()
+    with pytest.raises(msgspec.ValidationError):
+        terminal.heartbeat([], count=2**63 - 1)
+    terminal.heartbeat([], count=1_000_000)
+    terminal.fire("f0")
+    assert terminal.metrics() == "1000001/10"
+
+
 def test_tables_of_an_earlier_version_are_read_and_their_past_is_kept():
     old = {
         "user_id": "default",

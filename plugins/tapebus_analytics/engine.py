@@ -124,7 +124,8 @@ class Analyst:
         if not isinstance(name, str) or not 0 < len(name) <= 100:
             self.context.log.warning("%s at bus_seq %d names no pattern_type", event.data.action, event.bus_seq)
             return
-        pattern = self._pattern(name)
+        # by its own name however many there are: the gate knows patterns by nothing else
+        pattern = self.patterns.setdefault(name, Pattern(name))
         pattern.user_status = _ACTIONS[event.data.action]  # type: ignore[assignment]
         pattern.user = str(event.data.user_id or event.user_id)[:90]
         pattern.user_since = event.timestamp

@@ -263,9 +263,15 @@ class _Reader:
             self.repairs.add("number_as_text")
         if value is None or value == "":
             return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float):
             raise Refused(f"{name} is no number", f"{name} {value!r}")
-        return float(value)
+        try:
+            found = float(value)
+        except OverflowError:  # an integer of hundreds of digits
+            found = math.inf
+        if not math.isfinite(found):
+            raise Refused(f"{name} is no number", f"{name} is too large or not a number")
+        return found
 
     def price(self, name: str) -> float | None:
         """A price without noise; 0 is how terminals write that there is none."""

@@ -7,6 +7,7 @@ import io
 import os
 import sys
 import zlib
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
@@ -66,6 +67,8 @@ class Log:
     def _parsed(self, stream: Any) -> Iterator[Line]:
         for text in _lines(stream):
             self.lines += 1
+            if self.lines == 1 and text is not None:
+                text = text.removeprefix(BOM_UTF8)
             if text is None:
                 yield Line(self.lines, None, "longer than a record can be")
             elif not text.strip():

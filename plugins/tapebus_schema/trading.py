@@ -212,7 +212,7 @@ class EaHeartbeat(Struct, frozen=True, gc=False, omit_defaults=True, kw_only=Tru
     target_uuid: Id
     balance: Money
     equity: Money
-    open_positions: Count
+    open_positions: Annotated[int, Meta(ge=0, le=1_000_000)]
     positions: Annotated[list[Position], Meta(max_length=5000)]
     account_number: Id | None = None
     margin: Money | None = None
