@@ -22,8 +22,8 @@ _SIGNALS = ["signal_generated", "signal_imported", "signal_outcome"]
 
 @click.command(short_help="Win rates with what they prove, and what confidence is worth.")
 @click.option("--by", type=click.Choice(KINDS), default="pattern", show_default=True, help="What to group by.")
-@click.option("--since", help="Event time from here: Unix seconds, ISO 8601, 6h, 30d.")
-@click.option("--until", help="Event time before this.")
+@click.option("--since", metavar="TIME", help="Event time from here: Unix seconds, ISO 8601, 6h, 30d.")
+@click.option("--until", metavar="TIME", help="Event time before this.")
 @click.option("--source", type=click.Choice(("live", "imported", "all")), default="all", show_default=True)
 @click.option("--clusters/--no-clusters", default=True, help="Count repeats of a signal once (as configured), or all.")
 @json_option

@@ -22,6 +22,10 @@ def demo(seconds: float, seed: int, ticks: str | None, keep: bool, as_json: bool
 
     Starts a bus on a temporary directory and free ports, plays a market of 16 symbols through real
     sockets from separate processes, then publishes flat out. Needs nothing and leaves nothing behind.
+
+    \b
+    tapebus demo
+    tapebus demo --seconds 30 --seed 11 --keep
     """
     from tapebus_demo.session import Options, Session
     from tapebus_demo.show import Progress, print_summary

@@ -34,13 +34,19 @@ def tapebus_register_commands(cli: click.Group) -> None:
     """Add ``tapebus schema [EVENT_TYPE]``."""
     import click
 
+    from tapebus.cli.common import WIDTH, cut
     from tapebus.errors import UsageError
 
     @cli.command("schema")
     @click.argument("event_type", required=False)
     @click.option("--json", "as_json", is_flag=True, help="Print JSON Schema for every event type.")
     def schema(event_type: str | None, as_json: bool) -> None:
-        """List the event types, or print the JSON Schema of EVENT_TYPE."""
+        """List the event types, or print the JSON Schema of EVENT_TYPE.
+
+        \b
+        tapebus schema
+        tapebus schema fire_command
+        """
         if event_type is not None:
             try:
                 found = json_schema(event_type)
@@ -51,4 +57,4 @@ def tapebus_register_commands(cli: click.Group) -> None:
             click.echo(json.dumps(json_schemas(), indent=2))
         else:
             for each in event_types({}):
-                click.echo(f"{each.name:26} {each.policy:10} {each.doc}")
+                click.echo(cut(f"{each.name:26} {each.policy:10} {each.doc.replace('``', '')}", WIDTH))

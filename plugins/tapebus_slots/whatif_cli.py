@@ -33,7 +33,9 @@ _percent = click.FloatRange(0, 100)
 
 
 @click.command("whatif", short_help="Judge recorded signals again by another gate.")
-@click.option("--band", callback=_band, help="Another band of confidence, both ends included, such as 75-92.")
+@click.option(
+    "--band", metavar="LOW-HIGH", callback=_band, help="Another band of confidence, both ends included, such as 75-92."
+)
 @click.option("--slots", type=click.IntRange(0, 10_000), help="Another number of slots.")
 @click.option("--risk", type=_percent, help="Another risk per trade, in percent.")
 @click.option("--total-risk", type=_percent, help="Another total open risk, in percent.")

@@ -43,6 +43,10 @@ def check(config: Config, books: bool, deep: bool, as_json: bool) -> int:
 
     Exits 78 for the configuration, 74 for the store, 1 for anything else that would stop the bus, and with
     --books 1 when events are unexplained.
+
+    \b
+    tapebus check --config tapebus.toml
+    tapebus check --books --deep
     """
     if deep and not books:
         raise UsageError("--deep belongs to --books: tapebus check --books --deep")

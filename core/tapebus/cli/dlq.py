@@ -163,7 +163,12 @@ def _dump(raw: bytes) -> Iterable[str]:
 @json_option
 @with_config
 def list_(config: Config, as_json: bool, limit: int | None, **choice: Any) -> None:
-    """List dead letters, oldest first."""
+    """List dead letters, oldest first; with --json one object a line.
+
+    \b
+    tapebus dlq list --plugin telegram
+    tapebus dlq list --topic market_data --since 1d
+    """
     with open_tape(config) as tape:
         found = _select(tape.dead_letters(), **choice)
         found = found[-limit:] if limit else found
@@ -182,7 +187,12 @@ def list_(config: Config, as_json: bool, limit: int | None, **choice: Any) -> No
 @json_option
 @with_config
 def show(config: Config, letter_ids: tuple[int, ...], as_json: bool, **choice: Any) -> None:
-    """Show dead letters with their bytes."""
+    """Show dead letters with their bytes.
+
+    \b
+    tapebus dlq show 7
+    tapebus dlq show --plugin outcomes --json
+    """
     choice["ids"] = (*choice["ids"], *letter_ids)
     _need_choice(False, choice)
     with open_tape(config) as tape:
@@ -214,6 +224,10 @@ def replay(
 
     What a plugin failed on is handed to that consumer alone: nobody else sees it twice, and the dead letter goes with
     the unit of work that handled it. What no consumer has ever seen (place schema or ingest) is published again.
+
+    \b
+    tapebus dlq replay --plugin outcomes
+    tapebus dlq replay --id 7 --id 8 --keep
     """
     _need_choice(everything, choice)
     with open_tape(config) as tape:
@@ -322,7 +336,11 @@ def _publish(
 @json_option
 @with_config
 def purge(config: Config, everything: bool, yes: bool, as_json: bool, **choice: Any) -> None:
-    """Delete the chosen dead letters for good."""
+    """Delete the chosen dead letters for good.
+
+    \b
+    tapebus dlq purge --plugin telegram --until 7d
+    """
     _need_choice(everything, choice)
     with open_tape(config) as tape:
         ids = [each.id for each in _select(tape.dead_letters(), **choice)]

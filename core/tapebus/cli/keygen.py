@@ -17,7 +17,12 @@ from tapebus.config import Config, make_private
 @click.option("--server", default="", help="For a client: the public key of its bus, or the file with it.")
 @partial(with_config, complete=False)
 def keygen(config: Config, name: str, directory: str | None, server: str) -> None:
-    """Write a CURVE key pair: NAME.key to give away, NAME.key_secret (0600) to keep. Overwrites nothing."""
+    """Write a CURVE key pair: NAME.key to give away, NAME.key_secret (0600) to keep. Overwrites nothing.
+
+    \b
+    tapebus keygen bus
+    tapebus keygen feeder --server bus.key
+    """
     from tapebus.curve import generate
 
     place = Path(directory) if directory else config.data_dir / "keys"

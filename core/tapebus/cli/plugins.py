@@ -19,7 +19,13 @@ from tapebus.errors import BusNotRunning, TapebusError, UsageError
 @click.pass_context
 @with_config
 def plugins(ctx: click.Context, config: Config, hashes: bool, as_json: bool) -> None:
-    """List installed plugins with their hooks and, while the bus runs, what their consumers do."""
+    """List installed plugins with their hooks and, while the bus runs, what their consumers do.
+
+    \b
+    tapebus plugins
+    tapebus plugins pause telegram
+    tapebus plugins schema fire_command
+    """
     ctx.meta["tapebus.loaded"] = config
     if ctx.invoked_subcommand is not None:
         return

@@ -46,6 +46,11 @@ def publish(
 
     Values are JSON where they parse as JSON, else text. With - as data every line of standard input
     is the data of one event; with - instead of TYPE, or without it, every line is a whole envelope.
+
+    \b
+    tapebus publish user_action action=kill_switch_on --user-id 7176191872
+    tapebus publish market_data '{"symbol": "EURUSD", "bid": 1.08501, "ask": 1.08513}'
+    tapebus publish market_data - < quotes.jsonl
     """
     extra = {key: value for key, value in envelope.items() if value is not None}
     records: Iterator[Recorded]

@@ -61,6 +61,11 @@ def replay(
     """Publish FILE again: LEAN ticks (zip, CSV), an MT5 tick export, or JSON lines of events.
 
     Event time is the recorded time. Every event is published once; nothing is dropped.
+
+    \b
+    tapebus replay 20140508_quote.zip --speed 60
+    tapebus replay EURUSD_ticks.csv --utc-offset 3 --speed max
+    tapebus replay recorded.jsonl --topic market_data
     """
     recording = Recording(file, symbol=symbol.upper(), utc_offset_h=utc_offset)
     wanted = (each for each in recording if _wants(each, topics, symbol.upper()))

@@ -36,7 +36,12 @@ class Memory(click.ParamType):  # type: ignore[type-arg]
 )
 @with_config
 def run(config: Config, log_level: str) -> int:
-    """Run the bus in the foreground until SIGINT or SIGTERM; a second signal forces the end."""
+    """Run the bus in the foreground until SIGINT or SIGTERM; a second signal forces the end.
+
+    \b
+    tapebus run
+    tapebus run --config tapebus.toml --log-level warning
+    """
     from tapebus import limits
     from tapebus.redaction import protect
     from tapebus.runtime import Runtime
@@ -62,7 +67,11 @@ def run(config: Config, log_level: str) -> int:
 @click.pass_context
 @with_config
 def pm2(ctx: click.Context, config: Config, name: str, memory: str) -> None:
-    """Print an ecosystem.config.js that runs this bus: tapebus pm2 > ecosystem.config.js."""
+    """Print an ecosystem.config.js that runs this bus.
+
+    \b
+    tapebus pm2 --config tapebus.toml > ecosystem.config.js
+    """
     from tapebus.pm2 import ecosystem
 
     text = ecosystem(

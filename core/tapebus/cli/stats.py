@@ -17,7 +17,12 @@ from tapebus.config import Config
 @json_option
 @with_config
 def stats(config: Config, everything: bool, as_json: bool) -> None:
-    """Show what the running bus counts; exits 1 when none runs on this data directory."""
+    """Show what the running bus counts; exits 1 when none runs on this data directory.
+
+    \b
+    tapebus stats
+    tapebus stats --json | jq .plugins.slots
+    """
     from tapebus.control import request
 
     found = request(config, {"cmd": "stats"})
