@@ -84,6 +84,11 @@ def test_the_six_hours_of_the_seeds_come_out_in_their_shape_and_with_their_sums(
     assert sum(row["n"] for row in found["patterns"].values()) == 28
 
 
+def test_at_reward_0_7_five_percent_is_full_kelly_only_from_a_win_rate_of_61_percent() -> None:
+    trades = [payload(i, "P", "WIN" if i < 609 else "LOSS", r=0.7 if i < 609 else -1.0) for i in range(1000)]
+    assert reported(trades)["patterns"]["P"]["kelly"] == pytest.approx(0.05, abs=0.001)
+
+
 def test_small_groups_get_an_interval_but_no_word_however_small_their_p() -> None:
     row = reported(six_hours())["patterns"]["KALMAN_QUICKFIRE"]
     assert (row["low"], row["high"]) == (66.7, 98.6)
@@ -132,6 +137,12 @@ def test_the_figures_of_a_group_are_what_their_definitions_say(results: list[tup
     loss = -sum(r for r in rs if r < 0)
     gain = sum(r for r in rs if r > 0)
     assert row["profit_factor"] == (pytest.approx(gain / loss, rel=1e-3, abs=1e-4) if loss else None)
+    ups, downs = [r for r in rs if r > 0], [-r for r in rs if r < 0]
+    if ups and downs:
+        w, ratio = len(ups) / len(ups + downs), statistics.mean(ups) / statistics.mean(downs)
+        assert row["kelly"] == pytest.approx(w - (1 - w) / ratio, rel=1e-3, abs=1e-3)
+    else:
+        assert row["kelly"] is None
     peaks = [max(sum(rs[:j]) for j in range(i + 1)) - sum(rs[:i]) for i in range(len(rs) + 1)]
     assert row["max_drawdown_r"] == pytest.approx(max(peaks), abs=1e-3)
     if len(rs) > 1 and statistics.stdev(rs) > 1e-3:

@@ -339,7 +339,7 @@ def test_what_retention_removes_during_the_count_is_not_missing(embed, capsys, m
     wait_until(lambda: first_seq() > 1, "retention to remove something before the count")
 
     @contextlib.contextmanager
-    def while_counting(last_seq):
+    def while_counting(what, total):
         def progress(seq):
             if not told:
                 told.append(seq)
@@ -349,7 +349,7 @@ def test_what_retention_removes_during_the_count_is_not_missing(embed, capsys, m
         yield progress
 
     told: list[int] = []
-    monkeypatch.setattr("tapebus.cli.books._progress", while_counting)
+    monkeypatch.setattr("tapebus.cli.books.progress_bar", while_counting)
     data_dir = ["--data-dir", str(bus.data_dir)]
     code = main(["check", "--books", "--json", "--deep", *data_dir])
     found = json.loads(capsys.readouterr().out)["counted"]

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
 
-from tapebus.cli.common import When, json_option, open_tape, with_config
+from tapebus.cli.common import When, json_option, open_tape, progress_bar, with_config
 
 if TYPE_CHECKING:
     from tapebus.config import Config
@@ -50,7 +47,7 @@ def analytics(
     when = {name: When().convert(text, None, None) for name, text in (("since", since), ("until", until)) if text}
     report = Report(by, own, own.cluster_s if clusters else 0.0, source, hours(config.shared))
     with open_tape(config) as tape:
-        with _progress(tape.last_seq) as progress:
+        with progress_bar("reading the tape", tape.last_seq) as progress:
             for event in tape.read(topics=_SIGNALS, **when):  # type: ignore[arg-type]
                 report.add(event)
                 progress(event.bus_seq)
@@ -92,17 +89,3 @@ def result(report: Report, since: str | None, until: str | None, status: dict[st
     found[plural(report.by)] = rows
     found["recommendation"] = "; ".join(report.recommendations())
     return {**found, "overall": overall}
-
-
-@contextlib.contextmanager
-def _progress(last_seq: int) -> Iterator[Callable[[int], None]]:
-    """Tells how far the tape is read, on a terminal only."""
-    if not sys.stderr.isatty():
-        yield lambda seq: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("reading the tape", total=last_seq)
-        yield lambda seq: bar.update(task, completed=seq)

@@ -67,7 +67,7 @@ class Group:
         self.wins = self.losses = self.repeats = self.fired = 0
         self.undecided: dict[str, int] = dict.fromkeys(UNDECIDED.values(), 0)
         self.rewards, self.rewards_n = 0.0, 0
-        self.results_n = 0
+        self.results_n = self.gains = self.pains = 0
         self.mean = self.squares = self.gain = self.pain = 0.0
         self.equity = self.peak = self.drawdown = 0.0
         self.duration, self.duration_n = 0.0, 0
@@ -106,6 +106,8 @@ class Group:
         self.squares += before * (r - self.mean)
         self.gain += max(r, 0.0)
         self.pain += max(-r, 0.0)
+        self.gains += r > 0
+        self.pains += r < 0
         self.equity += r
         self.peak = max(self.peak, self.equity)
         self.drawdown = max(self.drawdown, self.peak - self.equity)
@@ -125,6 +127,14 @@ class Group:
             return None
         return math.sqrt(self.results_n) * self.mean / math.sqrt(self.squares / (self.results_n - 1))
 
+    @property
+    def kelly(self) -> float | None:
+        """The share of the money that makes it grow fastest, w - (1 - w) / (mean gain / mean pain); below 0: none."""
+        if not self.gains or not self.pains:
+            return None
+        share = self.gains / (self.gains + self.pains)
+        return share - (1 - share) * (self.pain / self.pains) / (self.gain / self.gains)
+
     def row(self) -> dict[str, Any]:
         """The figures as plain values: rates in percent, results in R, durations in seconds."""
         low, high = wilson(self.wins, self.n)
@@ -142,6 +152,7 @@ class Group:
             "expectancy_r": _rounded(self.mean) if self.results_n else None,
             "profit_factor": _rounded(self.gain / self.pain) if self.pain else None,
             "sqn": _rounded(self.sqn),
+            "kelly": _rounded(self.kelly),
             "max_drawdown_r": _rounded(self.drawdown),
             "mean_duration_s": _rounded(self.duration / self.duration_n) if self.duration_n else None,
             "pips": _rounded(self.pips),

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import click
 
-from tapebus.cli.common import When, cut, json_option, open_tape, table, with_config
+from tapebus.cli.common import When, cut, json_option, open_tape, progress_bar, table, with_config
 from tapebus.config import Config
 from tapebus.errors import UsageError
 from tapebus_slots.recorded import Recording
@@ -75,7 +73,7 @@ def whatif(
         raise UsageError("nothing to compare: give --band, --slots, --risk, --total-risk or --confidence")
     now, then = Simulation(Change()), Simulation(change)
     counted: Counter[str] = Counter()
-    with open_tape(config) as tape, _progress() as progress:
+    with open_tape(config) as tape, progress_bar("reading signals", 1.0) as progress:
         recording = Recording(
             tape,
             config.plugin("slots"),
@@ -107,20 +105,6 @@ def whatif(
         click.echo(json.dumps(found))
     else:
         _show(found)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[float], None]]:
-    """A bar on a terminal's standard error; nothing in a pipe."""
-    if not sys.stderr.isatty():
-        yield lambda share: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("reading signals", total=1.0)
-        yield lambda share: bar.update(task, completed=share)
 
 
 _ROWS: tuple[tuple[str, Callable[[dict[str, Any]], Any]], ...] = (

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
 import msgspec
 
 from tapebus import books
-from tapebus.cli.common import amount, clock, open_tape, table
+from tapebus.cli.common import amount, clock, open_tape, progress_bar, table
 from tapebus.config import Config
 from tapebus.errors import BusNotRunning, StoreError, TapebusError
 
@@ -72,22 +69,9 @@ def _explain(absent: list[range], holes: list[tuple[int, int]], kept_from: int) 
 
 
 def _count(tape: Any, last_seq: int) -> tuple[dict[str, int], list[range]]:
-    with _progress(last_seq) as progress:
+    with progress_bar("counting the tape", last_seq) as progress:
         found: tuple[dict[str, int], list[range]] = tape.count_by_source(last_seq, progress)
         return found
-
-
-@contextlib.contextmanager
-def _progress(last_seq: int) -> Iterator[Callable[[int], None]]:
-    if not sys.stderr.isatty():
-        yield lambda seq: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("counting the tape", total=last_seq)
-        yield lambda seq: bar.update(task, completed=seq)
 
 
 def _by_source(accounts: list[books.Account], counted: dict[str, int]) -> dict[str, dict[str, int]]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import re
+import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -221,3 +223,17 @@ def table(
 def amount(counts: Any) -> int:
     """The sum of a ``{reason: n}`` map, or the number itself."""
     return sum(counts.values()) if isinstance(counts, dict) else int(counts or 0)
+
+
+@contextlib.contextmanager
+def progress_bar(what: str, total: float) -> Iterator[Callable[[float], None]]:
+    """Yields what is told how much of `total` is done; shown on a terminal's standard error, nowhere in a pipe."""
+    if not sys.stderr.isatty():
+        yield lambda done: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.update(task, completed=done)
