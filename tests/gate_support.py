@@ -5,6 +5,8 @@ from __future__ import annotations
 from decimal import Decimal
 from typing import Any
 
+import msgspec
+
 from tapebus_slots.config import Config
 from tapebus_slots.gate import Verdict, evaluate
 from tapebus_slots.sizing import Quote
@@ -15,7 +17,41 @@ from tapebus_trading.symbols import Registry
 T0 = 1_754_892_347.0
 ON = Config(auto_fire=True)
 RICH = Account(10_000.0, 10_000.0, T0)
+#: The names of all rules, in their order.
+RULES = [
+    "auto_fire",
+    "kill_switch",
+    "tier",
+    "not_fired_before",
+    "expiry",
+    "lateness",
+    "pattern",
+    "confidence",
+    "market",
+    "trade_mode",
+    "geometry",
+    "price_on_tick",
+    "sl_distance",
+    "tp_distance",
+    "quote_age",
+    "account",
+    "heartbeat_age",
+    "slots",
+    "opposite_position",
+    "total_open_risk",
+    "currency_risk",
+    "margin",
+    "sizing",
+]
 QUOTES = {"EURUSD": Quote(1.16990, 1.17000, T0)}
+
+
+def configured(**more: Any) -> Config:
+    return msgspec.convert({"auto_fire": True, **more}, Config)
+
+
+def quote(bid: float, ask: float, at: float = T0) -> dict[str, Quote]:
+    return {"EURUSD": Quote(bid, ask, at)}
 
 
 def known(shared: dict[str, Any] | None = None, own: dict[str, Any] | None = None, **more: Any) -> Known:
