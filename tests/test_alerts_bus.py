@@ -9,11 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
-import tapebus_telegram
 from bus_support import PATIENCE, plugin, wait_until
 from tapebus import Consumer, Publisher, Tape
 from tapebus.cli import main
-from tapebus.plugins import load
 
 RULES = """
 [plugins.alerts]
@@ -48,7 +46,7 @@ def publisher(bus: Any) -> Iterator[Publisher]:
         yield found
 
 
-def test_a_silence_reaches_telegram_survives_a_crash_and_ends_with_the_next_quotes(make_bus):
+def test_a_silence_reaches_telegram_survives_a_crash_and_ends_with_the_next_quotes(make_bus, capsys):
     silence = rule("silence", name="quiet", topic="market_data", threshold=0.4, clear_for_s=0.2, expected=False)
     bus = make_bus(["schema", "store", "alerts", "telegram"], RULES + silence).start()
     data_dir = bus.config.data_dir
@@ -77,11 +75,8 @@ def test_a_silence_reaches_telegram_survives_a_crash_and_ends_with_the_next_quot
     assert alerts(data_dir)[:2] == [("raised", "quiet"), ("cleared", "quiet")]
     bus.wait_for(lambda stats: stats["plugins"]["telegram"]["metrics"]["dry_run"] >= 2, "to relay both")
     assert bus.stop() == 0
-    reader = load(["store"]).hook.tapebus_open_store(data_dir=data_dir, config={}, readonly=True)
-    try:
-        texts = [each["text"] for each in tapebus_telegram.rendered(reader.state("telegram"))]
-    finally:
-        reader.close()
+    assert main(["telegram", "--data-dir", str(data_dir), "--json"]) == 0
+    texts = [each["text"] for each in json.loads(capsys.readouterr().out)]
     assert "WARNING quiet" in texts[0]
     assert "without market_data (limit 0.4 s)" in texts[0]
     assert "CLEARED quiet" in texts[1]

@@ -19,6 +19,8 @@ from tapebus_telegram.settings import load, token_of
 from tapebus_telegram.transport import BotTransport
 
 if TYPE_CHECKING:
+    import click
+
     from tapebus_telegram.commands import Operators
 
 __all__ = ["Redactor", "rendered"]
@@ -114,6 +116,14 @@ def tapebus_register_consumers(context: Context) -> list[Consumer]:
             on_tick=lambda now: plugin.tick(),
         )
     ]
+
+
+@hookimpl
+def tapebus_register_commands(cli: click.Group) -> None:
+    """Add ``tapebus telegram``."""
+    from tapebus_telegram.cli import telegram
+
+    cli.add_command(telegram)
 
 
 @hookimpl
