@@ -67,10 +67,22 @@ def limits() -> Callable[[Config, int], list[int]]:
 # -- published tables, exactly --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("rate", "at_twenty", "by_two_hundred"),
-    [(35, 60.1, 99.0), (40, 41.6, 87.9), (45, 25.2, 59.8), (50, 13.2, 32.0), (55, 5.8, 14.3), (60, 2.1, 5.3)],
-)
+#: True win rate; percent eliminated at 20 trades, and by 200.
+PUBLISHED = [(35, 60.1, 99.0), (40, 41.6, 87.9), (45, 25.2, 59.8), (50, 13.2, 32.0), (55, 5.8, 14.3), (60, 2.1, 5.3)]
+#: Rule, true win rate, looked at after every trade until, percent eliminated, digits that were published.
+EVIDENCE = [
+    (AT_FORTY, 40, 500, 1.5, 1),
+    (AT_FORTY, 45, 500, 0.4, 1),
+    (AT_FORTY, 50, 500, 0.12, 2),
+    (AT_FORTY, 30, 200, 46, 0),
+    (AT_FORTY, 30, 500, 92, 0),
+    (AT_FORTY, 25, 200, 92, 0),
+    (AT_RR_07, 45, 200, 80, 0),
+    (AT_RR_07, 40, 200, 99, 0),
+]
+
+
+@pytest.mark.parametrize(("rate", "at_twenty", "by_two_hundred"), PUBLISHED)
 def test_the_literal_rule_eliminates_as_often_as_published(
     rate: int, at_twenty: float, by_two_hundred: float, limits: Callable[[Config, int], list[int]]
 ) -> None:
@@ -80,19 +92,7 @@ def test_the_literal_rule_eliminates_as_often_as_published(
     assert round(100 * stopped(rate / 100, looks.__getitem__, 200), 1) == by_two_hundred
 
 
-@pytest.mark.parametrize(
-    ("config", "rate", "until", "percent", "digits"),
-    [
-        (AT_FORTY, 40, 500, 1.5, 1),
-        (AT_FORTY, 45, 500, 0.4, 1),
-        (AT_FORTY, 50, 500, 0.12, 2),
-        (AT_FORTY, 30, 200, 46, 0),
-        (AT_FORTY, 30, 500, 92, 0),
-        (AT_FORTY, 25, 200, 92, 0),
-        (AT_RR_07, 45, 200, 80, 0),
-        (AT_RR_07, 40, 200, 99, 0),
-    ],
-)
+@pytest.mark.parametrize(("config", "rate", "until", "percent", "digits"), EVIDENCE)
 def test_evidence_eliminates_as_often_as_published(
     config: Config, rate: int, until: int, percent: float, digits: int, limits: Callable[[Config, int], list[int]]
 ) -> None:
@@ -123,6 +123,41 @@ def test_waiting_for_the_minimum_never_eliminates_more(limits: Callable[[Config,
 
 
 # -- by simulation, through the very code that runs ------------------------------------------------
+
+
+def ended(config: Config, rate: float, until: int, chance: random.Random) -> int:
+    """The trade after which a pattern that wins at `rate` is eliminated, beyond `until` where it is not."""
+    found = Trial()
+    for n in range(1, until + 1):
+        found.add(chance.random() < rate, None, config.breakeven)
+        if n >= config.min_signals and eliminated(found, config):
+            return n
+    return until + 1
+
+
+def within_error(times: int, runs: int, percent: float) -> bool:
+    """Whether `times` of `runs` is what chance makes of `percent`, published to three digits."""
+    expected = percent / 100
+    return abs(times / runs - expected) <= 4 * math.sqrt(expected * (1 - expected) / runs) + 0.005
+
+
+@pytest.mark.parametrize(("rate", "at_twenty", "by_two_hundred"), PUBLISHED)
+def test_simulated_patterns_reproduce_the_table_of_the_literal_rule(
+    rate: int, at_twenty: float, by_two_hundred: float
+) -> None:
+    chance, runs = random.Random(rate), 2000
+    ends = [ended(LITERAL, rate / 100, 200, chance) for _ in range(runs)]
+    assert within_error(sum(end == 20 for end in ends), runs, at_twenty)
+    assert within_error(sum(end <= 200 for end in ends), runs, by_two_hundred)
+
+
+@pytest.mark.parametrize(("config", "rate", "until", "percent", "digits"), EVIDENCE)
+def test_simulated_patterns_reproduce_the_table_of_evidence(
+    config: Config, rate: int, until: int, percent: float, digits: int
+) -> None:
+    chance, runs = random.Random(rate + until), 800
+    times = sum(ended(config, rate / 100, until, chance) <= until for _ in range(runs))
+    assert within_error(times, runs, percent), times
 
 
 @pytest.mark.parametrize(
