@@ -146,3 +146,26 @@ def test_a_tick_value_or_margin_of_zero_means_that_the_terminal_knows_none():
     found = registry.get("US30", "U")
     assert (found.contract, found.volume_step) == (10, Decimal("0.03"))
     assert found.tick_value is None and found.margin is None
+
+
+def test_of_the_signals_entry_and_todays_price_the_nearer_to_the_stop_counts():
+    """The market has come near the stop since: what is left is inside the spread, however far the entry was."""
+    near = {"EURUSD": Quote(1.16854, 1.16860, T0)}
+    assert decide(quotes=near).reasons == ("sl_inside_spread",)
+    assert decide(quotes=near, entry=1.16860).reasons == ("sl_inside_spread",)
+
+
+def test_one_silent_terminal_of_a_user_closes_the_gate():
+    terminal = Terminal(auto_fire=True, accounts={"A": "default", "B": "default"})
+    beat(terminal, "A")
+    terminal.now += 60
+    beat(terminal, "B")
+    assert judged(terminal)["default"]["reasons"] == ["heartbeat_stale"]
+
+
+def test_a_terminal_learnt_from_a_fire_is_its_users_after_a_restart():
+    terminal = Terminal()
+    terminal.fire("X", user_id="a", target_uuid="UA")
+    terminal.bench.restart()
+    beat(terminal, "UA", count=3)
+    assert two_users(terminal) == {"a": 4}

@@ -81,6 +81,36 @@ def test_an_empty_complete_snapshot_means_zero_positions_the_second_time():
     assert released[0]["evidence"][:2] == ["snapshot@5", "snapshot@6"]
 
 
+def test_a_list_from_the_seconds_after_a_fill_is_no_proof_that_the_position_is_gone():
+    terminal = Terminal()
+    terminal.fire("f0")
+    terminal.answer("f0", "FILLED", ticket=1)
+    terminal.heartbeat([], after=1)
+    terminal.heartbeat([])
+    assert terminal.metrics() == "1/10"
+    terminal.heartbeat([])
+    assert terminal.metrics() == "0/10"
+
+
+def test_lists_that_are_older_than_a_heartbeat_may_be_prove_nothing():
+    terminal = Terminal()
+    terminal.opened(1)
+    for _ in range(3):
+        terminal.now += 100
+        terminal.send("market_data", {"symbol": "EURUSD", "bid": 1.1, "ask": 1.1})
+        terminal.heartbeat([], after=-60)
+        assert terminal.metrics() == "1/10"
+
+
+def test_a_tick_of_the_clock_during_a_replay_goes_by_the_time_of_the_recording():
+    terminal = Terminal()
+    terminal.fire("f0")
+    terminal.bench.tick(T0 + 10 * 86_400)
+    assert terminal.table.slots["f0"].state == "RESERVED"
+    terminal.bench.tick(terminal.now + 60)
+    assert terminal.table.slots["f0"].state == "UNKNOWN"
+
+
 def test_a_position_that_comes_back_in_the_second_snapshot_keeps_its_slot():
     terminal = Terminal()
     positions = terminal.opened(1)

@@ -297,6 +297,31 @@ def test_37_repeats_are_one_message_with_a_count_and_further_ones_edits_of_it(tm
     simulate(scenario)
 
 
+@pytest.mark.parametrize("waits", [False, True])
+def test_an_alert_raised_again_after_it_was_cleared_is_a_message_of_its_own_and_the_last_word(
+    tmp_path: Path, waits: bool
+) -> None:
+    """Also where the three wait together: the alarm is the more urgent one and must not overtake its own end."""
+
+    async def scenario() -> None:
+        async with World(tmp_path) as world:
+            raised = {"severity": "critical", "state": "raised"}
+            for seq, state in ((1, raised), (2, {"severity": "info", "state": "cleared"}), (3, raised), (4, raised)):
+                await world.handle(alerts(seq, **state))
+                if not waits:
+                    await world.drain()
+                if seq == 2:
+                    world.commit()
+                    await world.restart()
+            await world.drain()
+            sent = [call for call in world.server.accepted if call["method"] == "sendMessage"]
+            assert ["CLEARED" in call["visible"] for call in sent] == [False, True, False]
+            last = world.server.accepted[-1]
+            assert "CRITICAL" in last["visible"] and last["visible"].endswith("(×2)")
+
+    simulate(scenario)
+
+
 def test_what_repeats_while_the_message_is_on_its_way_is_added_by_an_edit(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with World(tmp_path) as world:

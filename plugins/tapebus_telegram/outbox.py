@@ -64,6 +64,11 @@ def place_of(chat: int | str, thread_id: int | None) -> str:
     return str(chat) if thread_id is None else f"{chat}/{thread_id}"
 
 
+def subject_of(group: str) -> str:
+    """What messages of `group` are about, whatever they say of it."""
+    return group.partition("\n")[2] or group
+
+
 class Outbox:
     """A bounded queue ordered by priority, then age, and a ring of the last `keep` finished messages.
 
@@ -218,8 +223,25 @@ class Outbox:
             self._dirty[f"{_DONE}{number % self._keep}"] = entry
 
     def latest(self, place: str, group: str) -> Entry | None:
-        """The entry a repeat of `group` would be merged into."""
-        return self._groups.get((place, group)) if group else None
+        """The entry a repeat of `group` would be merged into.
+
+        None where the last one said that the same subject stands otherwise: an alert that is raised again after it was
+        cleared must not become a silent edit above the message that says it is over.
+        """
+        found = self._groups.get((place, subject_of(group))) if group else None
+        return found if found is not None and found.group == group else None
+
+    def keep_order(self, entry: Entry) -> None:
+        """Let what waits about the same subject as `entry` leave before it, however urgent `entry` is.
+
+        Else "cleared" would arrive after the alert that was raised again.
+        """
+        before = self._groups.get((entry.place, subject_of(entry.group))) if entry.group else None
+        if before is None or before.key not in self._queue or before.edits or before.priority >= entry.priority:
+            return
+        before.priority = entry.priority
+        self._line_up(before)
+        self.touch(before)
 
     def finish(self, entry: Entry, status: str, note: str = "") -> None:
         """Move `entry` from the queue to the ring of finished ones."""
@@ -251,12 +273,16 @@ class Outbox:
             oldest, gone = self._done.popitem(last=False)
             if self._numbers.get(gone.key) == oldest:
                 del self._numbers[gone.key]
-            if self._groups.get((gone.place, gone.group)) is gone:
-                del self._groups[gone.place, gone.group]
+            if self._groups.get((gone.place, subject_of(gone.group))) is gone:
+                del self._groups[gone.place, subject_of(gone.group)]
 
     def _remember(self, entry: Entry) -> None:
-        if entry.group and entry.status != "dropped":
-            self._groups[entry.place, entry.group] = entry
+        if not entry.group or entry.status == "dropped":
+            return
+        place = (entry.place, subject_of(entry.group))
+        before = self._groups.get(place)
+        if before is None or before.last_seq <= entry.last_seq:
+            self._groups[place] = entry
 
     def save(self) -> None:
         """Write what changed into the state; on the thread that owns the state."""

@@ -131,6 +131,7 @@ class Relay:
                 group=message.group,
                 thread_id=thread_id,
             )
+            self.outbox.keep_order(entry)
             if earlier is not None and earlier.message_id:
                 entry.edits, entry.repeats, entry.priority = earlier.message_id, earlier.repeats + 1, LOW
                 self.outbox.counts["merged"] += 1

@@ -336,7 +336,8 @@ def _alert(view: _View) -> Built:
     priority = {"critical": CRITICAL, "error": CRITICAL, "info": NORMAL, "low": LOW}.get(severity, HIGH)
     if cleared:
         priority = min(priority, NORMAL)
-    group = "|".join((component, *words[:1], name or title, view.symbol))
+    # before the line break how it stands, after it what it is about: see `Outbox.latest`
+    group = f"{words[0]}\n" + "|".join((component, name or title, view.symbol))
     return Built(lines, priority, group, {"alerts cleared" if cleared else "alerts raised": 1})
 
 
