@@ -13,7 +13,10 @@ from typing import Any
 
 import pytest
 
+from bus_support import wait_until
+from tapebus import Tape
 from tapebus.cli import main
+from tapebus_telegram import rendered
 from test_docs import blocks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,6 +44,13 @@ def promised(shown: str) -> re.Pattern[str]:
     return re.compile("".join("(?:.*\n)*?" if line == "…" else re.escape(line) + "\n" for line in lines))
 
 
+def relayed(data_dir: Path) -> bool:
+    with Tape.open(data_dir) as tape:
+        messages = rendered(tape.state("telegram"))
+    outcomes = [each["text"] for each in messages if (each["topic"], each["status"]) == ("signal_outcome", "dry_run")]
+    return any("XAGUSD_1" in text for text in outcomes)
+
+
 def test_the_page_shows_the_configuration_of_the_example() -> None:
     (configuration,) = (block.text for block in blocks(PAGE) if block.language == "toml")
     assert configuration == (EXAMPLE / "tapebus.toml").read_text()
@@ -61,6 +71,7 @@ def test_each_output_on_the_page_is_what_the_command_prints(
     played = subprocess.run(day, env=environ, capture_output=True, text=True, timeout=60, check=False)
     assert played.returncode == os.EX_OK, played.stderr
     bus.wait_for(lambda stats: not any(each["lag_events"] for each in stats["consumers"]), "to work through the hour")
+    wait_until(lambda: relayed(bus.data_dir), "the last outcome to be shown instead of sent")
 
     for name, value in bus.variables.items():
         monkeypatch.setenv(name, value)

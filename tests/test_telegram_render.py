@@ -189,7 +189,7 @@ def test_every_event_type_of_the_schema_has_a_message_from_its_typed_payload(eve
             {"signal_id": "S1", "fire": False, "reasons": ["confidence_outside_band"], "slots_used": 4}
             | {"user_id": "7176191872"}
             | {"rules": [{"name": "confidence", "limit": [80, 89], "actual": 91.2, "passed": False}]},
-            ["🚫 gate: not fired", "confidence outside band", "confidence: 91.2  limit 80–89", "S1"],
+            ["🚫 gate: not fired", "user •••872", "confidence outside band", "confidence: 91.2  limit 80–89", "S1"],
         ),
         (
             "gate_verdict",
@@ -263,6 +263,14 @@ def test_a_message_says(event_type: str, data: dict[str, Any], lines: list[str])
     assert message.plain.split("\n") == lines
     for secret in ("7176191872", "85051741", "12345678", "10.0.0.1"):
         assert secret not in message.html
+
+
+def test_what_the_gate_says_of_one_user_is_not_merged_with_what_it_says_of_another() -> None:
+    fired = shown("gate_verdict", signal_id="S1", user_id="7001", fire=True)
+    refused = shown("gate_verdict", signal_id="S1", user_id="7002", fire=False, reasons=["no_free_slot"])
+    assert fired.group and refused.group and fired.group != refused.group
+    assert fired.group == shown("gate_verdict", signal_id="S1", user_id="7001", fire=True).group
+    assert "user" not in shown("gate_verdict", signal_id="S1", user_id="default", fire=True).plain
 
 
 def test_a_number_longer_than_any_float_is_shown_as_unknown() -> None:

@@ -47,7 +47,8 @@ def _show(message: dict[str, Any]) -> None:
     state = click.style(f"{message['status']:<8}", fg=_COLOURS.get(message["status"]))
     note = f" ({message['note']})" if message["note"] else ""
     where = str(message["chat"]) + (f" topic {message['thread_id']}" if message["thread_id"] else "")
-    head = f"{clock(message['at'])}  {where}  {message['topic']} @{message['bus_seq']}{note}"
+    place = f" @{message['bus_seq']}" if message["bus_seq"] else ""  # answers and digests come from no event
+    head = f"{clock(message['at'])}  {where}  {message['topic']}{place}{note}"
     click.echo(f"{state} {cut(visible(head), WIDTH - 9)}")
     for line in message["text"].splitlines():
         click.echo(cut(visible(f"  {line}"), WIDTH))

@@ -181,13 +181,15 @@ def _signal(view: _View) -> Built:
 
 
 def _gate(view: _View) -> Built:
-    """Why a signal is not fired: each rule that stopped it, with its limit and what it found."""
+    """Why a signal is not fired: each rule that stopped it, with its limit and what it found; for each user apart."""
     fires = view.get("fire") is True
+    who = view.text("user_id") or view.event.user_id or ""
     identity = view.identity("signal_id")
     stopped = [each for each in _items(view.get("rules")) if _of(each, "passed") is False]
     rules = [(str(_of(each, "name")).replace("_", " "), _of(each, "actual"), _of(each, "limit")) for each in stopped]
     lines = [
         _head("🟢" if fires else "🚫", view, "gate:", "fires" if fires else "not fired"),
+        _details(f"user •••{who[-3:]}" if who not in ("", "default") else ""),
         _details(*(str(each).replace("_", " ") for each in _items(view.get("reasons"))[:20])),
         *(
             [(f"{name}: ", ""), (_value(actual), "code"), (f"  limit {_value(limit)}", "")]
@@ -197,7 +199,8 @@ def _gate(view: _View) -> Built:
         [(identity, "code")],
     ]
     lines = [[(view.masked(cut(text, 300)), tag) for text, tag in line] for line in lines]
-    return Built(lines, LOW, identity, {"fired by the gate" if fires else "refused by the gate": 1})
+    group = f"{identity}|{who}" if identity else ""
+    return Built(lines, LOW, group, {"fired by the gate" if fires else "refused by the gate": 1})
 
 
 def _value(value: Any, depth: int = 2) -> str:
