@@ -29,6 +29,7 @@ RULES = [
     "confidence",
     "market",
     "trade_mode",
+    "specification",
     "geometry",
     "price_on_tick",
     "sl_distance",

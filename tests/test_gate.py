@@ -73,6 +73,12 @@ REFUSED = [
         "market_closed",
         {"config": configured(market_hours=True), "known": known(hours=Hours(frozenset([date(2025, 8, 11)])))},
     ),
+    (
+        "the broker has not said what the symbol is",
+        "specification",
+        "specification_missing",
+        {"config": configured(require_specification=True)},
+    ),
     ("the symbol is not traded", "trade_mode", "trade_disabled", {"known": mode("disabled")}),
     ("the symbol may only be closed", "trade_mode", "close_only", {"known": mode("SYMBOL_TRADE_MODE_CLOSEONLY")}),
     ("the symbol may only be sold", "trade_mode", "short_only", {"known": mode("2")}),

@@ -337,6 +337,20 @@ def test_a_calibration_that_runs_backwards_is_refused():
     assert "calibrated" not in table.signal()[0]
 
 
+def test_where_the_broker_must_say_what_a_symbol_is_nothing_fires_before_it_has_said_all():
+    table = Table(require_specification=True).ready()
+    told = {"digits": 5, "point": 1e-5, "tick_size": 1e-5, "contract_size": 100_000.0, "stops_level": 0.0}
+    told |= {"volume_min": 0.01, "volume_step": 0.01, "volume_max": 100.0}
+    table.send("symbol_specification", {"symbol": "EURUSD", **told})
+    (verdict,) = table.signal()
+    assert verdict["reasons"] == ["specification_missing"]
+    assert next(each["actual"] for each in verdict["rules"] if each["name"] == "specification") == ["quote"]
+    table.send("symbol_specification", {"symbol": "EURUSD", "quote": "USD"})
+    table.bench.restart()
+    table.ready()
+    assert table.signal("S2")[0]["fire"]
+
+
 def test_what_the_broker_says_of_a_symbol_counts_and_is_kept():
     table = Table().ready()
     table.send("symbol_specification", {"symbol": "EURUSD", "stops_level": 200.0, "volume_limit": 0.0})

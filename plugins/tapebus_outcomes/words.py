@@ -78,6 +78,7 @@ RULES: dict[str, Callable[[str, str], str]] = {
     "confidence": lambda limit, actual: f"confidence {actual} is outside {limit}",
     "market": lambda limit, actual: f"the market of {actual} is closed",
     "trade_mode": lambda limit, actual: f"the broker takes no {limit} on the symbol: trade mode {actual}",
+    "specification": lambda limit, actual: f"not said by the broker itself: {actual}",
     "geometry": lambda limit, actual: f"levels on the wrong side: {actual}; needs {limit}",
     "price_on_tick": lambda limit, actual: f"prices that are no multiple of {limit}: {actual}",
     "sl_distance": lambda limit, actual: f"stop {actual} away, needs {limit} (spread, stops level)",

@@ -47,6 +47,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     patterns: dict[str, PatternConfig] = {}
     min_spread_multiple: FromZero = 2.0
     require_on_tick: bool = False
+    require_specification: bool = False
     max_quote_age_s: Seconds = 5.0
     max_lateness_s: Seconds = 60.0
     max_conversion_age_s: Seconds = 60.0

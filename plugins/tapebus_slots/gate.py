@@ -86,6 +86,7 @@ def evaluate(
         _confidence(signal, calibrated, config),
         _market(signal, config, known),
         _trade_mode(signal, found.symbol),
+        _specification(signal, config, known),
         _geometry(signal, quote),
         _on_tick(signal, found, config),
         _distance(signal, quote, found, config, "sl"),
@@ -160,6 +161,14 @@ def _trade_mode(signal: Signal, symbol: Symbol | None) -> Rule:
     word = symbol.trade_mode.lower().removeprefix("symbol_trade_mode_").replace("_", "")
     reason, allowed = _TRADE_MODES.get(word, ("trade_disabled", (signal.direction,)))
     return Rule("trade_mode", signal.direction, symbol.trade_mode or None, signal.direction in allowed, reason)
+
+
+def _specification(signal: Signal, config: Config, known: Known) -> Rule:
+    """The broker's own word, judged only with ``require_specification``; other facts are a fallback."""
+    if not config.require_specification:
+        return Rule("specification", None, None, True, "specification_missing")
+    missing = known.symbols.unsent(signal.symbol, known.broker)
+    return Rule("specification", "sent by the broker", missing, not missing, "specification_missing")
 
 
 def _geometry(signal: Signal, quote: Quote | None) -> Rule:

@@ -62,6 +62,8 @@ _FROM_ZERO = frozenset(("stops_level", "freeze_level", "typical_spread"))
 _KEYS = tuple(name for name in Symbol.__struct_fields__ if name != "name")
 #: What must be given for a symbol without built-in facts.
 REQUIRED = frozenset(("quote", "digits", "contract", "volume_min", "volume_step", "volume_max"))
+#: What a terminal tells of a symbol when it connects, whatever it is.
+HANDSHAKE = ("digits", "point", "tick", "contract", "volume_min", "volume_step", "volume_max", "stops_level", "quote")
 # fmt: off
 _CURRENCIES = frozenset((
     "AUD", "CAD", "CHF", "CNH", "CZK", "DKK", "EUR", "GBP", "HKD", "HUF", "ILS",
@@ -170,6 +172,11 @@ class Registry:
             self._sent[name, sender] = before | given
             self._senders.add(sender)
         self._found.clear()
+
+    def unsent(self, name: str, broker: str = "") -> list[str]:
+        """Which of `HANDSHAKE` the broker itself has not sent of `name`, as they are called here."""
+        sent = self._sent.get((name, ""), {}) | self._sent.get((name, broker or ANY), {})
+        return [key for key in HANDSHAKE if key not in sent]
 
     def specifications(self) -> dict[str, dict[str, str]]:
         """What brokers have sent, as text, to be kept over a restart; see `restore`."""
