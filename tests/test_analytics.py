@@ -206,6 +206,15 @@ def test_repeats_within_half_an_hour_are_counted_once_by_the_first_opened() -> N
     assert desk.metrics["decided"] == 3
 
 
+@pytest.mark.parametrize(("after_s", "repeats"), [(1800.0, 1), (1800.5, 0)])
+def test_a_signal_exactly_half_an_hour_after_is_still_a_repeat(after_s: float, repeats: int) -> None:
+    desk = Desk()
+    desk.trade("WIN")
+    desk.now += after_s - HOUR
+    desk.trade("WIN")
+    assert desk.metrics["repeats"] == repeats
+
+
 def test_repeats_are_counted_where_clusters_are_off() -> None:
     desk = Desk(cluster_s=0)
     for signal in [desk.signal() for _ in range(20)]:

@@ -283,6 +283,14 @@ def test_a_deadline_at_the_end_of_a_bar_ends_at_its_close():
     assert (got["outcome"], got["exit_price"], got["r"], got["ambiguous"]) == ("TIMEOUT", 1.1005, 0.5, False)
 
 
+def test_a_bar_that_begins_at_the_deadline_says_nothing_however_it_opens():
+    b = bench()
+    b.feed([signal(b, expires_at=T0 + M5, **BUY), bar(b, T0, 1.1, 1.1010, 1.0995, 1.1005, timeframe="M1")])
+    b.feed([bar(b, T0 + M5, 1.0900, 1.0901, 1.0890, 1.0895)])
+    [got] = outcomes(b)
+    assert (got["outcome"], got["exit_price"], got["closed_at"]) == ("TIMEOUT", 1.1005, T0 + M5)
+
+
 def test_a_signal_taken_back_waits_for_the_bar_of_that_time():
     for prices, wanted in (
         ((1.0985, 1.0999, 1.0980, 1.0990), ("LOSS", 1.0985)),

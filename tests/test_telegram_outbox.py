@@ -126,6 +126,21 @@ def test_finished_messages_are_kept_as_far_as_asked_and_readable_from_the_saved_
     assert sorted(each["text"] for each in rendered(state)) == ["5", "6"]
 
 
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_message_that_leaves_late_is_not_the_last_word_on_its_subject(restart: bool) -> None:
+    state: dict[str, bytes] = {}
+    box = Outbox(state, 10, 10)
+    raised, cleared = entry(1, group="RAISED\nlag"), entry(2, group="CLEARED\nlag")
+    for each in (raised, cleared):
+        box.add(each)
+    box.finish(raised, "sent")
+    box.save()
+    box = Outbox(state, 10, 10) if restart else box
+    assert box.latest("1", "RAISED\nlag") is None
+    found = box.latest("1", "CLEARED\nlag")
+    assert found is not None and found.bus_seq == 2
+
+
 def test_a_merge_into_a_finished_message_is_saved_where_that_is_kept() -> None:
     state: dict[str, bytes] = {}
     box = Outbox(state, 10, 10)

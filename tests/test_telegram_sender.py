@@ -322,6 +322,21 @@ def test_an_alert_raised_again_after_it_was_cleared_is_a_message_of_its_own_and_
     simulate(scenario)
 
 
+def test_repeats_that_were_sent_in_one_message_make_no_second_one_after_a_kill(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with World(tmp_path) as world:
+            batch = alerts(*range(1, 6))
+            await world.handle(batch)
+            while not world.server.accepted:  # sent, and nothing of it is in the state yet
+                await asyncio.sleep(0.1)
+            await world.restart()
+            await world.handle(batch)
+            await world.drain()
+            assert [call["visible"].split("\n")[-1] for call in world.server.accepted] == ["(×5)"]
+
+    simulate(scenario)
+
+
 def test_what_repeats_while_the_message_is_on_its_way_is_added_by_an_edit(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with World(tmp_path) as world:
