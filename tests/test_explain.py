@@ -425,7 +425,7 @@ def test_the_answer_fits_100_columns_and_is_plain_in_a_pipe(run):
 
 
 def test_the_whole_way_is_told_while_the_bus_runs_and_its_plugins_decide(embed, data_dir, capsys):
-    slots = '[plugins.slots]\nauto_fire = true\nmax_lateness_s = 1e10\nuser_id = "7"\n'
+    slots = '[plugins.slots]\nauto_fire = true\nuser_id = "7"\n'
     bus = embed(["schema", "store", "outcomes", "slots"], extra=slots)
     account = {"target_uuid": "U", "balance": 10_000.0, "equity": 10_000.0, "open_positions": 0, "positions": []}
     with bus.publisher("desk") as publisher, Tape.open(bus.data_dir) as tape:

@@ -285,9 +285,7 @@ def flawed_day(publisher, count=120):
 
 def test_the_configured_gate_says_of_a_recorded_day_what_the_running_gate_said(embed):
     limits = "risk_pct = 0.05\nmax_slots = 1000\nmax_total_open_risk_pct = 100.0\nmax_per_currency_risk_pct = 100.0"
-    bus = embed(
-        ["schema", "store", "slots"], extra=f"[plugins.slots]\nauto_fire = true\nmax_lateness_s = 1e10\n{limits}"
-    )
+    bus = embed(["schema", "store", "slots"], extra=f"[plugins.slots]\nauto_fire = true\n{limits}")
     with bus.publisher() as publisher:
         flawed_day(publisher)
     with bus.tape() as tape:

@@ -20,6 +20,8 @@ from tapebus_slots.view import Account, Known, Signal, SlotView, entry_price, fi
 from tapebus_trading.money import UP, exact
 from tapebus_trading.symbols import Symbol
 
+#: A signal older than this by the clock of the bus is replayed: no spool and no outage keeps one back for so long.
+RECORDING_S = 30 * 86_400.0
 #: How brokers spell who may open what; a word not listed here permits both.
 _TRADE_MODES: dict[str, tuple[str, tuple[str, ...]]] = {
     "disabled": ("trade_disabled", ()),
@@ -125,9 +127,13 @@ def _expiry(signal: Signal, quote: Quote | None) -> Rule:
 
 
 def _lateness(known: Known, config: Config) -> Rule:
-    """What waited in a producer's spool or on the tape came with quotes as old as itself; the market has moved on."""
+    """What waited in a producer's spool or on the tape came with quotes as old as itself; the market has moved on.
+
+    A recording, told by its age, is judged by its own time alone.
+    """
     late = known.lateness
-    return Rule("lateness", config.max_lateness_s, late, late is None or late <= config.max_lateness_s, "signal_late")
+    passed = late is None or late <= config.max_lateness_s or late > RECORDING_S
+    return Rule("lateness", config.max_lateness_s, late, passed, "signal_late")
 
 
 def _pattern(signal: Signal, known: Known) -> Rule:
