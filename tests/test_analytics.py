@@ -334,6 +334,8 @@ def test_state_is_written_by_changed_keys_only() -> None:
 def test_a_wrong_key_or_value_is_named(key: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=key):
         Desk(**{key: value})
+    with pytest.raises(ConfigError, match=r"plugins\.analytics\.treshold: unknown key; did you mean 'threshold'\?"):
+        Desk(treshold=0.4)
 
 
 # -- a real bus -------------------------------------------------------------------------------------

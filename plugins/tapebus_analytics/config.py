@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -38,6 +39,11 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
 
 def load(values: dict[str, Any]) -> Config:
     """The configuration in `values`; raises `ConfigError` naming the key that is wrong."""
+    for key in values:
+        if key not in Config.__struct_fields__:
+            near = difflib.get_close_matches(key, Config.__struct_fields__, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(Config.__struct_fields__)}"
+            raise ConfigError(f"plugins.analytics.{key}: unknown key; {hint}")
     try:
         return msgspec.convert(values, Config)
     except msgspec.ValidationError as error:

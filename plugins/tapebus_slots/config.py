@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -97,7 +98,21 @@ def load(values: dict[str, Any]) -> Config:
     for user, own in config.users.items():
         _refuse_common(own, f"plugins.slots.users.{user}", _COMMON)
         for_user(values, config, user)
+        _known_tier(own.get("tier"), config, f"plugins.slots.users.{user}")
+    _known_tier(config.tier, config, "plugins.slots")
     return config
+
+
+def _known_tier(tier: str | None, config: Config, where: str) -> None:
+    """A tier that is spelled wrong would leave its users with the limits of nobody."""
+    if tier and config.tiers and tier not in config.tiers:
+        raise ConfigError(f"{where}.tier = {tier!r}: not in plugins.slots.tiers; {_near(tier, config.tiers)}")
+
+
+def _near(word: str, words: Iterable[str]) -> str:
+    words = tuple(words)
+    near = difflib.get_close_matches(word, words, 1)
+    return f"did you mean {near[0]!r}?" if near else f"there are {', '.join(words)}"
 
 
 def _refuse_common(own: Mapping[str, Any], where: str, keys: tuple[str, ...]) -> None:
@@ -120,6 +135,9 @@ def for_user(values: dict[str, Any], config: Config, user: str, mode: Mapping[st
 
 
 def _convert(values: dict[str, Any], where: str) -> Config:
+    for key in values:
+        if key not in Config.__struct_fields__:
+            raise ConfigError(f"{where}.{key}: unknown key; {_near(key, Config.__struct_fields__)}")
     try:
         return msgspec.convert(values, Config)
     except msgspec.ValidationError as error:
