@@ -334,8 +334,8 @@ def test_state_is_written_by_changed_keys_only() -> None:
 def test_a_wrong_key_or_value_is_named(key: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=key):
         Desk(**{key: value})
-    with pytest.raises(ConfigError, match=r"plugins\.analytics\.treshold: unknown key; did you mean 'threshold'\?"):
-        Desk(treshold=0.4)
+    with pytest.raises(ConfigError, match=r"plugins\.analytics\.min_signal: unknown key; did you mean 'min_signals'\?"):
+        Desk(min_signal=4)
 
 
 # -- a real bus -------------------------------------------------------------------------------------

@@ -282,8 +282,8 @@ def test_a_signal_of_nobody_is_judged_for_the_default_user_and_everybody_who_let
 def test_a_wrong_key_in_a_tier_or_a_user_is_named_at_the_start():
     with pytest.raises(ConfigError, match=r"plugins\.slots\.tiers\.X\.max_slot: unknown key; did you mean 'max_slots'"):
         Table(tiers={"X": {"max_slot": 3}})
-    with pytest.raises(ConfigError, match=r"plugins\.slots\.users\.7\.tier = 'COMANDER'.*did you mean 'COMMANDER'"):
-        Table(tiers={"COMMANDER": {}}, users={"7": {"tier": "COMANDER"}})
+    with pytest.raises(ConfigError, match=r"plugins\.slots\.users\.7\.tier = 'COMMANDERS'.*did you mean 'COMMANDER'"):
+        Table(tiers={"COMMANDER": {}}, users={"7": {"tier": "COMMANDERS"}})
     with pytest.raises(ConfigError, match=r"plugins\.slots\.users\.7.*risk_pct"):
         Table(users={"7": {"risk_pct": 101}})
     with pytest.raises(ConfigError, match=r"plugins\.slots\.users\.7\] symbols: holds for everybody"):
