@@ -91,6 +91,10 @@ def test_a_target_that_rounding_moves_to_the_entry_or_beyond_is_refused(buy, tp)
     assert decide(known=KNOWN).fire
 
 
+def table_of(terminal, user):
+    return tapebus_slots._engines[id(terminal.bench.context)].tables[user]
+
+
 def two_users(terminal):
     engine = tapebus_slots._engines[id(terminal.bench.context)]
     return {user: table.used for user, table in engine.tables.items()}
@@ -169,3 +173,30 @@ def test_a_terminal_learnt_from_a_fire_is_its_users_after_a_restart():
     terminal.bench.restart()
     beat(terminal, "UA", count=3)
     assert two_users(terminal) == {"a": 4}
+
+
+def test_two_terminals_of_one_user_whose_brokers_number_alike_hold_what_each_of_them_lists():
+    terminal = Terminal(accounts={"UA": "a", "UB": "a"})
+    for uuid in ("UA", "UB"):
+        terminal.heartbeat([position(7)], target_uuid=uuid)
+    assert len(table_of(terminal, "a").slots) == 2
+    terminal.close(7, target_uuid="UB")
+    (left,) = table_of(terminal, "a").slots.values()
+    assert left.account == "UA"
+
+
+def test_a_close_at_one_terminal_frees_nothing_at_another():
+    terminal = Terminal(accounts={"UA": "a", "UB": "a"})
+    terminal.heartbeat([position(7)], target_uuid="UA")
+    terminal.close(7, target_uuid="UB")
+    terminal.answer("unheard-of", "CLOSED_TP", ticket=7, target_uuid="UB")
+    assert two_users(terminal) == {"a": 1}
+
+
+def test_what_a_terminal_listed_before_it_was_known_moves_to_its_user_also_where_the_names_are_alike():
+    terminal = Terminal(accounts={"UA": "a"})
+    for uuid in ("UA", "UB"):
+        terminal.heartbeat([position(7)], target_uuid=uuid)
+    terminal.fire("X", user_id="a", target_uuid="UB")
+    assert two_users(terminal) == {"a": 3, "default": 0}
+    assert len(table_of(terminal, "a").slots) == 3

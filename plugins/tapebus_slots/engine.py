@@ -142,7 +142,7 @@ class Engine:
         """What an answer to a fire says about its slot; FILLED opens it, only CLOSED and refusals free it."""
         data, at, seq = event.data, event.timestamp, event.bus_seq
         ticket, retcode = get(data, "ticket") or None, get(data, "retcode")
-        slot = table.find(get(data, "fire_id"), ticket, get(data, "position_id"))
+        slot = table.find(get(data, "fire_id"), ticket, get(data, "position_id"), get(data, "target_uuid"))
         answer = read(get(data, "status"), retcode)
         says = str(get(data, "status") or f"retcode {retcode}").lower()
         changes: list[Change | None] = []
@@ -191,17 +191,17 @@ class Engine:
     def on_closed(self, event: Any) -> None:
         data = event.data
         table = self._holder(event)
-        slot = table.find(get(data, "fire_id"), get(data, "ticket"), get(data, "position_id"))
+        slot = table.find(get(data, "fire_id"), get(data, "ticket"), get(data, "position_id"), get(data, "target_uuid"))
         grace = self.config_of(table.user_id).snapshot_grace_s
         close = _close(event)
         whole = slot is not None and (close.lots or 0.0) >= (slot.opened_lots or 0.0)
         changes: list[Change | None] = [*table.named(slot, get(data, "ticket"), whole)]
         if changes and not get(data, "fire_id"):
-            slot = table.find(None, get(data, "ticket"), get(data, "position_id"))
+            slot = table.find(None, get(data, "ticket"), get(data, "position_id"), get(data, "target_uuid"))
         if slot is not None and slot.guessed and whole and not get(data, "fire_id"):
             # what was taken for its position is closed, which is no word about the order
             changes += table.part(slot, event.timestamp)
-            slot = table.find(None, get(data, "ticket"), get(data, "position_id"))
+            slot = table.find(None, get(data, "ticket"), get(data, "position_id"), get(data, "target_uuid"))
         self._publish(table, [*changes, table.closed(slot, close, grace)], event)
 
     def on_heartbeat(self, event: Any) -> None:
@@ -281,7 +281,7 @@ class Engine:
         uuid = get(data, "target_uuid")
         user = self.user(event)
         for table in sorted(self.tables.values(), key=lambda each: each.user_id != user):
-            slot = table.find(*key)
+            slot = table.find(*key, uuid)
             if slot is not None and (slot.account in (None, uuid) or uuid is None):
                 return table
         return self.table(user)
@@ -295,8 +295,11 @@ class Engine:
             if other is table or uuid not in other.accounts:
                 continue
             table.accounts[uuid] = other.accounts.pop(uuid)
-            for key in [key for key, slot in other.slots.items() if slot.account == uuid]:
-                table.slots.setdefault(key, other.slots.pop(key))
+            for slot in [slot for slot in other.slots.values() if slot.account == uuid]:
+                del other.slots[slot.key]
+                if slot.key in table.slots:
+                    slot.key = f"{slot.key}@{uuid}"  # two brokers number alike
+                table.slots.setdefault(slot.key, slot)
 
     def _balance(self, table: SlotTable, balance: float, event: Any) -> None:
         """New figures of one account; of which, cannot be told where a user has several and it names none."""

@@ -141,6 +141,7 @@ class SlotTable(Struct):
         """Another slot that a list gave the position of `slot`, without a word of the terminal that it is so."""
         for each in self.slots.values():
             same = each.ticket == slot.ticket if slot.position_id is None else each.position_id == slot.position_id
+            same = same and (slot.account is None or each.account in (None, slot.account))
             if each is not held and same and slot.ticket is not None and (each.fire_id is None or each.guessed):
                 return each
         return None
@@ -370,6 +371,8 @@ class SlotTable(Struct):
         ended = self._ended(key, position.ticket, position.position_id, snapshot.account)
         if key in self.slots:
             key = f"ticket-{position.ticket}"
+        if key in self.slots and self.slots[key].account not in (None, snapshot.account):
+            key = f"{key}@{snapshot.account}"  # two brokers number alike
         if key in self.slots or (ended is not None and snapshot.at < ended.at + grace):
             return []
         self._forget(key)
@@ -428,18 +431,25 @@ class SlotTable(Struct):
 
     # -- looking up -----------------------------------------------------------------------------
 
-    def find(self, fire_id: str | None, ticket: int | None, position_id: int | None) -> Slot | None:
-        """The slot of a fire, position or ticket, in this order of trust; never one of another fire."""
+    def find(
+        self, fire_id: str | None, ticket: int | None, position_id: int | None, account: str | None = None
+    ) -> Slot | None:
+        """The slot of a fire, position or ticket, in this order of trust; never one of another fire.
+
+        Tickets and positions of another account than `account` are others, for brokers number alike.
+        """
         if fire_id is not None and fire_id in self.slots:
             return self.slots[fire_id]
+        mine = [
+            slot
+            for slot in self.slots.values()
+            if not _other_fire(slot, fire_id) and (account is None or slot.account in (None, account))
+        ]
         for name, value in (("fire_id", fire_id), ("position_id", position_id), ("ticket", ticket)):
-            for slot in self.slots.values() if value is not None else ():
-                if getattr(slot, name) == value and not _other_fire(slot, fire_id):
+            for slot in mine if value is not None else ():
+                if getattr(slot, name) == value:
                     return slot
-        for slot in self.slots.values() if ticket is not None else ():
-            if ticket in slot.former_tickets and not _other_fire(slot, fire_id):
-                return slot
-        return None
+        return next((slot for slot in mine if ticket is not None and ticket in slot.former_tickets), None)
 
     def _ended(self, key: str, ticket: int | None, position_id: int | None, account: str | None) -> Ended | None:
         """What became of the slot called `key`, or else of this very position."""
