@@ -26,7 +26,8 @@ def explain(config: Config, signal_id: str, as_json: bool) -> None:
     """Tell the whole way of SIGNAL_ID (or of a fire id) from the tape: verdicts, orders, answers, slots and outcome.
 
     Times are event times in UTC; "after" is the time since the step before, "to the bus" how long an event took to get
-    there. A step that did not come is named, with the time waited until the newest event of the tape. Reads only.
+    there. A step that did not come is named, with the time waited until the newest event of the tape, counted by
+    arrival: in a replay that is how long it was played. Reads only.
 
     \b
       tapebus explain ELITE_RAPID_USDJPY_1758502680

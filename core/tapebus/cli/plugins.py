@@ -45,7 +45,7 @@ def plugins(ctx: click.Context, config: Config, hashes: bool, as_json: bool) -> 
                 "yes" if row["enabled"] else "no",
                 ",".join(row["modes"]),
                 row["state"],
-                row["error"] or ", ".join(row["hooks"]),
+                row["error"] or ", ".join(hook.removeprefix("register_") for hook in row["hooks"]),
             )
             for row in rows
         ],
