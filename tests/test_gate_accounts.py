@@ -200,3 +200,20 @@ def test_what_a_terminal_listed_before_it_was_known_moves_to_its_user_also_where
     terminal.fire("X", user_id="a", target_uuid="UB")
     assert two_users(terminal) == {"a": 3, "default": 0}
     assert len(table_of(terminal, "a").slots) == 3
+
+
+def test_a_late_answer_from_the_terminal_of_another_user_with_the_same_fire_id_opens_nothing():
+    terminal = Terminal(accounts={"UA": "a", "UB": "b"})
+    for uuid in ("UA", "UB"):
+        terminal.fire("X", target_uuid=uuid)
+    terminal.answer("X", "REJECTED", target_uuid="UA")
+    terminal.answer("X", "FILLED", ticket=12, target_uuid="UA")
+    (waiting,) = table_of(terminal, "b").slots.values()
+    assert (waiting.state, waiting.account) == ("RESERVED", None)
+
+
+def test_an_answer_to_a_fire_of_nobody_finds_it_whoever_the_terminal_belongs_to():
+    terminal = Terminal(accounts={"UA": "a"})
+    terminal.fire("X")
+    terminal.answer("X", "FILLED", ticket=11, target_uuid="UA")
+    assert two_users(terminal) == {"default": 1}

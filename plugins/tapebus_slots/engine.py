@@ -279,8 +279,10 @@ class Engine:
         data = event.data
         key = (get(data, "fire_id"), get(data, "ticket") or None, get(data, "position_id"))
         uuid = get(data, "target_uuid")
-        user = self.user(event)
+        user, bound = self.user(event), self.users.get(uuid or "")
         for table in sorted(self.tables.values(), key=lambda each: each.user_id != user):
+            if bound not in (None, table.user_id) and table.user_id in self.users.values():
+                continue  # who has a terminal of his own gets no answers from that of another
             slot = table.find(*key, uuid)
             if slot is not None and (slot.account in (None, uuid) or uuid is None):
                 return table
