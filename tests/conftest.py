@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -27,6 +28,10 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
 #: Seconds: an upper bound for a loaded machine, never a claim about speed.
 PATIENCE = 30.0
+
+# a busy machine is no reason to fail
+settings.register_profile("tapebus", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tapebus")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import zstandard
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from bus_support import PATIENCE
@@ -234,7 +234,6 @@ FIELDS = sorted(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no reason to fail
 @given(
     st.lists(
         st.tuples(
