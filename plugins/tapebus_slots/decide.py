@@ -53,7 +53,7 @@ class Decider:
         """Judge the signal for the user of `table`, and fire it at the terminal `target` where nothing forbids it."""
         signal = read_signal(event)
         numbers = (view.number for view in table.accounts.values() if view.number)
-        # an event that was never received is from a bench
+        # what no bus has received was not kept waiting by one
         late = time.time() - event.timestamp if event.received_at else None
         account, known = account_of(table), self.desk.known(*table.accounts, *numbers, lateness=late)
         config = self.config_of(table.user_id).counted_in(None if account is None else account.currency)
