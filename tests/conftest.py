@@ -56,14 +56,6 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 
 @pytest.fixture(autouse=True)
-def commands_of_its_own() -> None:
-    """The command group adds those of plugins once in a process: the plugins of another test are not this one's."""
-    loaded = sys.modules.get("tapebus.cli")
-    if loaded is not None:
-        loaded.cli._plugins_loaded = False
-
-
-@pytest.fixture(autouse=True)
 def no_thread_survives() -> Iterator[None]:
     """Fail a test that leaves a thread behind which would keep the interpreter from exiting."""
     before = set(threading.enumerate())
