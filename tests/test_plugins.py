@@ -14,6 +14,7 @@ import pluggy
 import pytest
 
 from tapebus import hookspecs, plugins
+from tapebus.config import Plugins
 from tapebus.errors import PluginError
 from tapebus.events import EventType
 from tapebus.hookspecs import hookimpl
@@ -115,7 +116,7 @@ def test_only_enabled_plugins_are_imported(monkeypatch):
 def test_the_built_in_plugins_come_through_the_same_door_as_all_others():
     points = plugins.installed()
     assert {name: points[name][0].value for name in BUILT_IN} == BUILT_IN
-    assert set(plugins.BUILTIN) <= set(BUILT_IN)
+    assert set(Plugins().enabled) <= set(BUILT_IN)
 
 
 # -- after loading ------------------------------------------------------------------------------

@@ -19,7 +19,6 @@ log = logging.getLogger("tapebus")
 GROUP = "tapebus.plugins"
 #: Seconds one import may take.
 DEADLINE_S = 20.0
-BUILTIN = ("schema", "store", "outcomes", "slots", "analytics", "alerts", "telegram")
 
 
 def installed() -> dict[str, list[EntryPoint]]:
